@@ -1,0 +1,104 @@
+# `make help` says what there is. The first target used makes .venv and installs the package into it.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made from (3.10 or newer)
+#   TORCH=registry      torch and torchvision as pip finds them (the default; runs with and without a GPU)
+#   TORCH=cpu           a CPU-only torch, a tenth of the size, without torchvision
+#   TORCH=torch==2.11.0 any requirement that pip understands
+#   ARGS=...            handed to pytest, to the demo or to the benchmark
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+HELD := $(shell cat $(VENV)/.torch 2>/dev/null)
+TORCH ?= $(or $(HELD),registry)
+# Beside a CPU-only torch the registry's torchvision does not import, and takes diffusers down with it.
+CPU_TORCH ?= torch==2.13.0+cpu
+WANTED := $(if $(filter registry,$(TORCH)),torch torchvision,$(if $(filter cpu,$(TORCH)),$(CPU_TORCH),$(TORCH)))
+
+# The root must not enter sys.path: its folders (models, eval, ...) would be importable under their bare names.
+export PYTHONSAFEPATH := 1
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+INTERPRETED := $(wildcard tests/interpreter/test_*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+demo: $(VENV)/.core ## sample the embedded teacher with several solvers; writes out/demo.png
+	@mkdir -p out
+	$(PY) -m fewstep demo --out out/demo.png $(ARGS)
+
+test: $(VENV)/.test ## the whole suite but the slow ones
+	$(PY) -m pytest -m "not slow" $(ARGS)
+ifneq ($(INTERPRETED),)
+	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/interpreter $(ARGS)
+endif
+
+test-slow: $(VENV)/.test ## the slow ones too
+	$(PY) -m pytest $(ARGS)
+ifneq ($(INTERPRETED),)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter $(ARGS)
+endif
+
+check: $(VENV)/.dev ## lint, formatting, types; changes nothing
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyrefly check --config pyproject.toml --python-interpreter-path $(PY) $(VENV)/src/fewstep
+
+format: $(VENV)/.dev ## format, and mend what the linter can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/.test ## every solver at 5 to 20 calls, beside diffusers' schedulers
+	$(PY) benchmarks/solvers.py $(ARGS)
+
+docs: $(VENV)/.docs ## build the documentation into out/site
+	$(PY) -m mkdocs build --strict --site-dir out/site
+
+clean: ## remove .venv and everything that was made
+	rm -rf $(VENV) out build dist fewstep.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: a step is done again when setup.cfg changes, and only then.
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'fewstep needs Python 3.10 or newer; "$(PYTHON)" is' "$$($(PYTHON) --version 2>&1)." \
+	       'Name another one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(VENV)/src && ln -sfn ../.. $(VENV)/src/fewstep
+	@touch $@
+
+$(VENV)/.torch: | $(VENV)/.made
+	@echo 'installing $(WANTED) (minutes on a slow line)'
+	@$(PIP) $(WANTED) || { \
+	  echo "pip found no '$(WANTED)'. CPU-only builds carry a +cpu version, which the index that pip is" \
+	       'configured for must offer; without them, run make without TORCH=cpu.' >&2; exit 1; }
+	@echo '$(TORCH)' > $@
+
+$(VENV)/.core: setup.cfg pyproject.toml | $(VENV)/.torch
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
+ifneq ($(HELD),)
+ifneq ($(HELD),$(TORCH))
+ifneq ($(MAKECMDGOALS),clean)
+$(error .venv was made with TORCH=$(HELD), not $(TORCH): run `make clean` first)
+endif
+endif
+endif
