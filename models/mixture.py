@@ -1,7 +1,7 @@
 """Gaussian mixtures, exact on every path: the ground truth of samplers, guidance and distillers.
 
-With  x_t = alpha x0 + sigma eps  and components N(m_k, S_k), S_k = V_k diag(s_k) V_k', all marginals share the
-eigenvectors V_k:
+With  x_t = alpha x0 + sigma eps  and components N(m_k, S_k), S_k = V_k diag(s_k) V_k', all marginals share
+the eigenvectors V_k:
 
     x_t | k ~ N(alpha m_k, V_k diag(alpha^2 s_k + sigma^2) V_k')
     E[x0 | x_t, k] = m_k + V_k diag(alpha s_k / (alpha^2 s_k + sigma^2)) V_k' (x_t - alpha m_k)
@@ -39,12 +39,12 @@ class GaussianMixture:
     Args:
         weights: (K,) positive; they are normalised.
         means: (K, D).
-        covs: a number or (K,) isotropic variances, (K, D) diagonals or (K, D, D) full covariances, all positive
-            definite.
-        device, dtype: where and in what everything is computed (float64: answers come back in the dtype of x).
+        covs: a number or (K,) isotropic variances, (K, D) diagonals or (K, D, D) full covariances, all
+            positive definite.
+        device, dtype: where and in what everything is computed; answers come back in the dtype of x.
 
-    ``log_mass`` of a mixture made by ``product``, ``power`` or ``tilt`` is the logarithm of the integral of that
-    expression before it was normalised; 0 for a mixture made by hand.
+    ``log_mass`` of a mixture made by ``product``, ``power`` or ``tilt`` is the logarithm of that expression's
+    integral before it was normalised; 0 for a mixture made by hand.
     """
 
     def __init__(
@@ -56,20 +56,24 @@ class GaussianMixture:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float64,
     ):
-        as_double = {"dtype": torch.float64, "device": device}
-        weights, means, covs = (torch.as_tensor(value, **as_double).detach() for value in (weights, means, covs))
+        weights, means, covs = (
+            torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in (weights, means, covs)
+        )
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape (K, D), got {tuple(means.shape)}")
         components, dim = means.shape
         if weights.shape != (components,):
-            raise ValueError(f"weights must have shape ({components},) as means has that many rows, got {tuple(weights.shape)}")
+            raise ValueError(
+                f"weights must have shape ({components},) as means does, got {tuple(weights.shape)}"
+            )
         if not (weights > 0).all() or not torch.isfinite(weights).all():
             raise ValueError("weights must be positive and finite")
         if covs.ndim == 0:
             covs = covs.expand(components)
         allowed = ((components,), (components, dim), (components, dim, dim))
         if tuple(covs.shape) not in allowed:
-            raise ValueError(f"covs must be a number or have shape {' or '.join(map(str, allowed))}, got {tuple(covs.shape)}")
+            shapes = " or ".join(map(str, allowed))
+            raise ValueError(f"covs must be a number or have shape {shapes}, got {tuple(covs.shape)}")
         vectors = None
         if covs.ndim == 3:
             if not torch.allclose(covs, covs.mT, rtol=1e-10, atol=1e-12 * float(covs.abs().max())):
@@ -78,7 +82,9 @@ class GaussianMixture:
         else:
             values = covs.reshape(components, -1)
         if not (values > 0).all() or not torch.isfinite(values).all():
-            raise ValueError(f"covs must be positive definite, got a smallest eigenvalue of {float(values.min()):.3g}")
+            raise ValueError(
+                f"covs must be positive definite, got an eigenvalue of {float(values.min()):.3g}"
+            )
         self._assign((weights / weights.sum()).log(), means, values, vectors, 0.0, dtype)
 
     def _assign(self, log_weights, means, values, vectors, log_mass, dtype):
@@ -98,7 +104,7 @@ class GaussianMixture:
     def _made(cls, log_weights, means, values, vectors, log_mass, dtype) -> GaussianMixture:
         return cls.__new__(cls)._assign(log_weights, means, values, vectors, log_mass, dtype)
 
-    # --- what it is ------------------------------------------------------------------------------------------------
+    # --- what it is ---------------------------------------------------------------------------------------
 
     @property
     def dim(self) -> int:
@@ -132,13 +138,14 @@ class GaussianMixture:
     def cov(self) -> torch.Tensor:
         """(D, D): the covariance of the whole mixture."""
         centred = self.means - self.mean
-        return torch.einsum("k,kde->de", self.weights, self.covs) + (self.weights[:, None] * centred).mT @ centred
+        between = (self.weights[:, None] * centred).mT @ centred
+        return torch.einsum("k,kde->de", self.weights, self.covs) + between
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GaussianMixture:
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> GaussianMixture:
         """The same mixture elsewhere, or computing in another dtype."""
         dtype = self.means.dtype if dtype is None else dtype
-        moved = (None if a is None else a.to(device) for a in (self.log_weights, self.means, self.values, self.vectors))
-        return self._made(*moved, self.log_mass, dtype)
+        arrays = (self.log_weights, self.means, self.values, self.vectors)
+        return self._made(*(None if a is None else a.to(device) for a in arrays), self.log_mass, dtype)
 
     def __repr__(self) -> str:
         return f"GaussianMixture(components={self.components}, dim={self.dim})"
@@ -160,19 +167,22 @@ class GaussianMixture:
         values = alpha * alpha * self.values + sigma * sigma
         return self._made(self.log_weights, alpha * self.means, values, self.vectors, 0.0, self.means.dtype)
 
-    # --- densities and estimates -----------------------------------------------------------------------------------
+    # --- densities and estimates --------------------------------------------------------------------------
 
     def log_prob(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
-        """log p_t(x) for x of shape (..., D), t a number or (...); without a path, of the mixture itself. (...)"""
+        """log p_t(x), (...), for x (..., D) and t a number or (...); without a path, of the mixture itself."""
         flat, alpha, sigma = self._arguments(x, path, t)
         _, variance, residual = self._residuals(flat, alpha, sigma)
         return self._logits(variance, residual).logsumexp(-1).reshape(x.shape[:-1]).to(x.dtype)
 
-    def responsibilities(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
+    def responsibilities(
+        self, x: torch.Tensor, path: Path | None = None, t: Times | None = None
+    ) -> torch.Tensor:
         """p(k | x_t = x): (..., K)."""
         flat, alpha, sigma = self._arguments(x, path, t)
         _, variance, residual = self._residuals(flat, alpha, sigma)
-        return self._logits(variance, residual).softmax(-1).reshape(*x.shape[:-1], self.components).to(x.dtype)
+        share = self._logits(variance, residual).softmax(-1)
+        return share.reshape(*x.shape[:-1], self.components).to(x.dtype)
 
     def score(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
         """The gradient of log p_t at x: (..., D)."""
@@ -189,9 +199,9 @@ class GaussianMixture:
     def denoiser(self, path: Path, predicts: Predicts = "x0") -> Denoiser:
         """The exact Denoiser on a path; x is (B, D), or (B, ...) with D numbers a sample.
 
-        ``predicts`` says what its raw output is (equally exact for all, also at both ends where it exists at all).
-        A keyword ``label`` (B,) keeps only component number label; -1 keeps all. In float64 on a CPU the answer for
-        a sample is the same bits in any batch.
+        ``predicts`` says what its raw output is, equally exact for all wherever they exist. A keyword ``label``
+        (B,) keeps only the component of that number; -1 keeps all. In float64 on a CPU the answer for a sample
+        is the same bits in any batch.
         """
         if not isinstance(path, Path):
             raise TypeError(f"path must be a fewstep path, e.g. paths.flow(), got {type(path).__name__}")
@@ -201,15 +211,17 @@ class GaussianMixture:
                 raise ValueError(f"x must hold {self.dim} numbers a sample, got shape {tuple(x.shape)}")
             if tau.ndim != 1:
                 raise ValueError(f"t must be a number or one a sample, got shape {tuple(tau.shape)}")
-            if x.device.type == "cpu" and len(tau) > 1 and not tau.requires_grad and bool((tau == tau[0]).all()):
+            if x.device.type == "cpu" and not tau.requires_grad and bool((tau == tau[0]).all()):
                 tau = tau[:1]  # most calls: one log-determinant instead of B
-            alpha, sigma = (value.to(self.means.dtype) for value in (path.alpha(tau), path.sigma(tau)))
-            x0, score = self._estimates(x.reshape(len(x), -1).to(self.means.dtype), alpha, sigma, label)
-            if predicts == "score":
-                out = score
+            alpha, sigma = path.alpha(tau).to(self.means), path.sigma(tau).to(self.means)
+            x0, score = self._estimates(x.reshape(len(x), -1).to(self.means), alpha, sigma, label)
+            if predicts in ("x0", "score"):
+                out = x0 if predicts == "x0" else score
             else:
-                g_x, g_e = (torch.as_tensor(g, device=x.device, dtype=x0.dtype) for g in combination(predicts, path, tau))
-                out = x0 if predicts == "x0" else g_x.reshape(-1, 1) * x0 - (g_e * sigma).reshape(-1, 1) * score
+                g_x, g_e = (
+                    torch.as_tensor(g).to(x0).reshape(-1, 1) for g in combination(predicts, path, tau)
+                )
+                out = g_x * x0 - g_e * sigma[:, None] * score
             return out.reshape(x.shape).to(x.dtype)
 
         return Denoiser(call, path, predicts=predicts, shape=(self.dim,))
@@ -228,7 +240,7 @@ class GaussianMixture:
         return x.reshape(-1, self.dim).to(self.means), alpha, sigma
 
     def _residuals(self, x, alpha, sigma):
-        """For x (B, D) and alpha, sigma (B,) or (1,): s, alpha^2 s + sigma^2, and V'(x - alpha m), each (B, K, D)."""
+        """x (B, D), alpha and sigma (B,) or (1,) -> s, alpha^2 s + sigma^2 and V'(x - alpha m): (B, K, D)."""
         if self.vectors is None:
             turned = x[:, None]
         else:
@@ -237,10 +249,11 @@ class GaussianMixture:
         return self.values, a * a * self.values + s * s, turned - a * self._turned_means
 
     def _logits(self, variance, residual):
-        """log w_k N(x; ...) up to nothing: (B, K)."""
+        """log of w_k N(x; k): (B, K)."""
         repeats = self.dim // variance.shape[-1]
         log_det = variance.log().sum(-1) * repeats
-        return self.log_weights - 0.5 * (self.dim * LOG_2PI + log_det + (residual * residual / variance).sum(-1))
+        distance = (residual * residual / variance).sum(-1)
+        return self.log_weights - 0.5 * (self.dim * LOG_2PI + log_det + distance)
 
     def _estimates(self, x, alpha, sigma, label=None):
         """E[x0 | x_t] and the score, each (B, D)."""
@@ -250,7 +263,8 @@ class GaussianMixture:
             label = torch.as_tensor(label, device=x.device)
             kept = (torch.arange(self.components, device=x.device) == label[:, None]) | (label[:, None] == -1)
             if label.shape != x.shape[:1] or not kept.any(-1).all():
-                raise ValueError(f"label must hold one of -1 .. {self.components - 1} for each of {len(x)} samples")
+                last = self.components - 1
+                raise ValueError(f"label must hold a number from -1 to {last} for each of {len(x)} samples")
             logits = logits.masked_fill(~kept, -math.inf)
         share = logits.softmax(-1)[..., None]
         pull = share * residual / variance  # (B, K, D): minus the score, in each component's axes
@@ -264,7 +278,7 @@ class GaussianMixture:
         clean = (sigma == 0)[:, None]
         return torch.where(clean, x / torch.where(clean, alpha[:, None], 1.0), x0), score
 
-    # --- closed forms ----------------------------------------------------------------------------------------------
+    # --- closed forms -------------------------------------------------------------------------------------
 
     def gaussian_trajectory(self, path: Path, x: torch.Tensor, t_from: float, t_to: float) -> torch.Tensor:
         """Where the probability-flow ODE carries x (..., D) from ``t_from`` to ``t_to``; one component only.
@@ -272,7 +286,7 @@ class GaussianMixture:
         x_n = alpha_n m + ((alpha_n^2 S + sigma_n^2) / (alpha_s^2 S + sigma_s^2))^(1/2) (x - alpha_s m)
         """
         if self.components != 1:
-            raise ValueError(f"a closed-form trajectory needs one component, this mixture has {self.components}")
+            raise ValueError(f"gaussian_trajectory needs one component, this mixture has {self.components}")
         a_s, s_s, a_n, s_n = (f(float(t)) for t in (t_from, t_to) for f in (path.alpha, path.sigma))
         flat = x.reshape(-1, self.dim).to(self.means)
         scale = ((a_n * a_n * self.values + s_n * s_n) / (a_s * a_s * self.values + s_s * s_s)).sqrt()
@@ -294,11 +308,13 @@ class GaussianMixture:
             counts = self.means.new_full((1, 1), float(beta))
         else:
             if beta != int(beta):
-                raise ValueError(f"beta must be a whole number for a mixture of several components, got {beta}: "
-                                 "other powers of a sum of Gaussians have no closed form")  # fmt: skip
+                raise ValueError(
+                    f"beta must be a whole number for a mixture of {self.components} components, got {beta}: "
+                    "other powers of a sum of Gaussians have no closed form"
+                )
             size = math.comb(self.components + int(beta) - 1, int(beta))
             if size > MAX_COMPONENTS:
-                raise ValueError(f"beta = {beta} would expand into {size} components, at most {MAX_COMPONENTS} are made")
+                raise ValueError(f"beta = {beta} makes {size} components, more than {MAX_COMPONENTS}")
             sets = itertools.combinations_with_replacement(range(self.components), int(beta))
             counts = np.stack([np.bincount(chosen, minlength=self.components) for chosen in sets])
             counts = torch.as_tensor(counts).to(self.means)
@@ -306,27 +322,24 @@ class GaussianMixture:
         if self.components == 1:
             multinomial = torch.zeros_like(multinomial)
         constant, linear, precision = self._canonical()
-        return self._from_canonical(
-            multinomial + counts @ constant, counts @ linear, torch.tensordot(counts, precision, dims=1), "beta"
-        )
+        precision = torch.tensordot(counts, precision, dims=1)
+        return self._from_canonical(multinomial + counts @ constant, counts @ linear, precision, "beta")
 
     def product(self, other: GaussianMixture) -> GaussianMixture:
         """p q, normalised: a component for every pair."""
         if not isinstance(other, GaussianMixture) or other.dim != self.dim:
             raise ValueError(f"other must be a GaussianMixture of dimension {self.dim}, got {other!r}")
         if self.components * other.components > MAX_COMPONENTS:
-            raise ValueError(
-                f"other would make {self.components * other.components} components, at most {MAX_COMPONENTS} are made"
-            )
-        constant, linear, precision = self._canonical()
-        other_constant, other_linear, other_precision = other.to(self.means.device, self.means.dtype)._canonical()
-        if precision.ndim != other_precision.ndim:
-            precision, other_precision = (torch.diag_embed(p) if p.ndim == 2 else p for p in (precision, other_precision))
-        pairs = (a[:, None] + b[None] for a, b in ((constant, other_constant), (linear, other_linear), (precision, other_precision)))
-        return self._from_canonical(*(pair.flatten(0, 1) for pair in pairs), "other")
+            size = self.components * other.components
+            raise ValueError(f"other makes {size} components with this mixture, more than {MAX_COMPONENTS}")
+        mine, theirs = self._canonical(), other.to(self.means.device, self.means.dtype)._canonical()
+        if mine[2].ndim != theirs[2].ndim:
+            mine, theirs = ((c, h, torch.diag_embed(p) if p.ndim == 2 else p) for c, h, p in (mine, theirs))
+        sums = ((a[:, None] + b[None]).flatten(0, 1) for a, b in zip(mine, theirs, strict=True))
+        return self._from_canonical(*sums, "other")
 
     def tilt(self, a: Any, B: Any = None) -> GaussianMixture:
-        """p(x) exp(a.x + x'Bx / 2), normalised; B a number (times I), (D,) or symmetric (D, D), below every precision.
+        """p(x) exp(a.x + x'Bx / 2), normalised; B a number (times I), (D,) or symmetric (D, D), below all S^-1.
 
         >>> GaussianMixture([1.0], [[0.0]], 1.0).tilt([0.5], -1.0).mean.item()
         0.25
@@ -338,7 +351,8 @@ class GaussianMixture:
         if B is not None:
             B = torch.as_tensor(B).to(self.means)
             if B.shape not in ((), (self.dim,), (self.dim, self.dim)):
-                raise ValueError(f"B must be a number or have shape ({self.dim},) or ({self.dim}, {self.dim}), got {tuple(B.shape)}")
+                shapes = f"({self.dim},) or ({self.dim}, {self.dim})"
+                raise ValueError(f"B must be a number or have shape {shapes}, got {tuple(B.shape)}")
             if B.ndim == 2:
                 if not torch.allclose(B, B.mT):
                     raise ValueError("B must be symmetric")
@@ -349,10 +363,11 @@ class GaussianMixture:
         return self._from_canonical(constant, linear + a, precision, "B")
 
     def _canonical(self):
-        """(c, h, P) with  w_k N(x; m_k, S_k) = exp(c_k + h_k.x - x'P_k x / 2); P is (K, D) where S is diagonal."""
+        """(c, h, P) with  w_k N(x; k) = exp(c_k + h_k.x - x'P_k x / 2); P is (K, D) where S is diagonal."""
         values = self.values.expand(self.components, self.dim)
         turned = self._turned_means / values
-        constant = self.log_weights - 0.5 * (self.dim * LOG_2PI + values.log().sum(-1) + (self._turned_means * turned).sum(-1))
+        distance = (self._turned_means * turned).sum(-1)
+        constant = self.log_weights - 0.5 * (self.dim * LOG_2PI + values.log().sum(-1) + distance)
         if self.vectors is None:
             return constant, turned, 1 / values
         linear = torch.einsum("kde,ke->kd", self.vectors, turned)
@@ -363,18 +378,21 @@ class GaussianMixture:
         if precision.ndim == 3:
             precision, vectors = torch.linalg.eigh((precision + precision.mT) / 2)
         if not (precision > 0).all():
-            raise ValueError(f"{argument} leaves a component without a finite integral: S^-1 - B must be positive definite, "
-                             f"its smallest eigenvalue is {float(precision.min()):.3g}")  # fmt: skip
+            raise ValueError(
+                f"{argument} must leave every component a positive definite precision (S^-1 - B for a tilt), "
+                f"got an eigenvalue of {float(precision.min()):.3g}"
+            )
         turned = linear if vectors is None else torch.einsum("kd,kde->ke", linear, vectors)
         centres = turned / precision
-        log_weights = constant + 0.5 * (self.dim * LOG_2PI - precision.log().sum(-1) + (centres * turned).sum(-1))
+        distance = (centres * turned).sum(-1)
+        log_weights = constant + 0.5 * (self.dim * LOG_2PI - precision.log().sum(-1) + distance)
         means = centres if vectors is None else torch.einsum("kde,ke->kd", vectors, centres)
         log_mass = log_weights.logsumexp(0)
         return self._made(log_weights - log_mass, means, 1 / precision, vectors, log_mass, self.means.dtype)
 
 
 def _rowwise_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows @ matrix; on a CPU in blocks of one fixed shape, as BLAS rounds differently in products of other shapes."""
+    """rows @ matrix; on a CPU in blocks of one shape, as BLAS rounds differently in products of other shapes."""
     if rows.device.type != "cpu":
         return rows @ matrix
     padding = -len(rows) % _BLOCK

@@ -40,6 +40,11 @@ def _same_kind(method):
     return call
 
 
+def _softplus(xp, z):
+    """log(1 + exp(z)). Not logaddexp: torch rounds it by where a number stands in its tensor."""
+    return xp.maximum(z, xp.zeros_like(z)) + xp.log1p(xp.exp(-xp.abs(z)))
+
+
 class Path:
     """What the paths share: everything that follows from alpha, sigma and lam."""
 
@@ -154,7 +159,7 @@ class VPLinear(_VariancePreserving):
 
     @_same_kind
     def time(self, xp, lam):
-        log_alpha = -0.5 * xp.logaddexp(xp.zeros_like(lam), -2 * lam)
+        log_alpha = -0.5 * _softplus(xp, -2 * lam)
         b = self.beta_0 / 2
         return -2 * log_alpha / (b + xp.sqrt(b * b - (self.beta_1 - self.beta_0) * log_alpha))
 
@@ -202,9 +207,8 @@ class VPCosine(_VariancePreserving):
     @_same_kind
     def time(self, xp, lam):
         # sin^2 f = sin^2 f0 + sigma^2 cos^2 f0, hence sin(f - f0) = sigma^2 cos^2 f0 / sin(f + f0)
-        zero = xp.zeros_like(lam)
-        sigma2 = xp.exp(-xp.logaddexp(zero, 2 * lam))
-        alpha = xp.exp(-0.5 * xp.logaddexp(zero, -2 * lam))
+        sigma2 = xp.exp(-_softplus(xp, 2 * lam))
+        alpha = xp.exp(-0.5 * _softplus(xp, -2 * lam))
         cos0, sin0 = math.cos(_COSINE_F0), math.sin(_COSINE_F0)
         sine = xp.sqrt(sin0**2 + sigma2 * cos0**2)
         cosine = alpha * cos0
@@ -273,12 +277,12 @@ class VPDiscrete(_VariancePreserving):
     @_same_kind
     def alpha(self, xp, t):
         lam = self.lam(t)
-        return xp.exp(-0.5 * xp.logaddexp(xp.zeros_like(lam), -2 * lam))
+        return xp.exp(-0.5 * _softplus(xp, -2 * lam))
 
     @_same_kind
     def sigma(self, xp, t):
         lam = self.lam(t)
-        return xp.exp(-0.5 * xp.logaddexp(xp.zeros_like(lam), 2 * lam))
+        return xp.exp(-0.5 * _softplus(xp, 2 * lam))
 
     def _lam_prime(self, xp, t):
         lams = self._table(xp, t)
@@ -351,7 +355,7 @@ class Flow(Path):
 
     @_same_kind
     def time(self, xp, lam):
-        return xp.exp(-xp.logaddexp(xp.zeros_like(lam), lam))
+        return xp.exp(-_softplus(xp, lam))
 
     @_same_kind
     def alpha_prime(self, xp, t):
