@@ -112,23 +112,8 @@ def coefficient(value: Times, like: torch.Tensor) -> float | torch.Tensor:
     return value.to(like.dtype).reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
-class _VariancePreserving(Path):
-    """alpha^2 + sigma^2 = 1: both derivatives follow from that of lam."""
-
-    def _lam_prime(self, xp, t):
-        raise NotImplementedError
-
-    @_same_kind
-    def alpha_prime(self, xp, t):
-        return self.alpha(t) * self.sigma(t) ** 2 * self._lam_prime(xp, t)
-
-    @_same_kind
-    def sigma_prime(self, xp, t):
-        return -self.sigma(t) * self.alpha(t) ** 2 * self._lam_prime(xp, t)
-
-
 @dataclass(frozen=True)
-class VPLinear(_VariancePreserving):
+class VPLinear(Path):
     """alpha = exp(-t^2 (b1 - b0)/4 - t b0/2), the continuous DDPM (2011.13456)."""
 
     beta_0: float = 0.1
@@ -139,7 +124,9 @@ class VPLinear(_VariancePreserving):
 
     def __post_init__(self):
         if not 0 < self.beta_0 <= self.beta_1:
-            raise ValueError(f"beta_0 and beta_1 must satisfy 0 < beta_0 <= beta_1, got {self.beta_0} and {self.beta_1}")
+            raise ValueError(
+                f"must have 0 < beta_0 <= beta_1, got beta_0 = {self.beta_0}, beta_1 = {self.beta_1}"
+            )
 
     def _log_alpha(self, t):
         return -t * t * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
@@ -177,7 +164,7 @@ _COSINE_F0 = _COSINE_OFFSET / (1 + _COSINE_OFFSET) * math.pi / 2
 
 
 @dataclass(frozen=True)
-class VPCosine(_VariancePreserving):
+class VPCosine(Path):
     """alpha = cos(f)/cos(f0), f = (t + .008)/1.008 pi/2 (2102.09672).
 
     ``t_max`` stops at lam = -5.1: beyond it alpha vanishes and an eps-model says nothing of x0.
@@ -217,13 +204,18 @@ class VPCosine(_VariancePreserving):
         step = xp.arctan2(sigma2 * cos0**2 / sin_sum, cos_difference)
         return step * (1 + _COSINE_OFFSET) / (math.pi / 2)
 
-    def _lam_prime(self, xp, t):
+    @_same_kind
+    def alpha_prime(self, xp, t):
         rate = math.pi / 2 / (1 + _COSINE_OFFSET)
-        return -rate * xp.tan(self._f(t)) / self.sigma(t) ** 2
+        return -rate * xp.sin(self._f(t)) / math.cos(_COSINE_F0)
+
+    @_same_kind
+    def sigma_prime(self, xp, t):
+        return -self.alpha(t) * self.alpha_prime(t) / self.sigma(t)
 
 
 @dataclass(frozen=True)
-class VPDiscrete(_VariancePreserving):
+class VPDiscrete(Path):
     """A DDPM given by its table ``alphas_cumprod``: t is the index k, networks are called at t = k.
 
     Between indices lam is linear in t; from t = 0 to the clean end at t = -1, rho is.
@@ -239,7 +231,9 @@ class VPDiscrete(_VariancePreserving):
         if abar.ndim != 1 or len(abar) < 2 or not (np.diff(abar) < 0).all() or abar[0] >= 1 or abar[-1] < 0:
             raise ValueError("alphas_cumprod must be a falling 1-d sequence of at least two values in [0, 1)")
         if abar[-1] == 0:
-            raise ValueError("alphas_cumprod ends at 0 (zero terminal SNR), where lam has no linear table: stop one earlier")
+            raise ValueError(
+                "alphas_cumprod must not end at 0 (zero terminal SNR): lam has no linear table there"
+            )
         object.__setattr__(self, "alphas_cumprod", tuple(float(a) for a in abar))
         object.__setattr__(self, "_lams", 0.5 * (np.log(abar) - np.log1p(-abar)))
 
@@ -284,11 +278,24 @@ class VPDiscrete(_VariancePreserving):
         lam = self.lam(t)
         return xp.exp(-0.5 * _softplus(xp, 2 * lam))
 
-    def _lam_prime(self, xp, t):
+    def _rates(self, xp, t):
+        """d lam/dt inside the table, and rho at t = 0, the slope of rho below it."""
         lams = self._table(xp, t)
         k = xp.clip(xp.floor(t), 0, len(lams) - 2)
         k = k.astype(int) if xp is np else k.long()
-        return xp.where(t < 0, -1 / (1 + t), lams[k + 1] - lams[k])
+        return lams[k + 1] - lams[k], xp.exp(-lams[0])
+
+    @_same_kind
+    def alpha_prime(self, xp, t):
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        lam_prime, rho_prime = self._rates(xp, t)
+        return xp.where(t < 0, -sigma * alpha**2 * rho_prime, alpha * sigma**2 * lam_prime)
+
+    @_same_kind
+    def sigma_prime(self, xp, t):
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        lam_prime, rho_prime = self._rates(xp, t)
+        return xp.where(t < 0, alpha**3 * rho_prime, -sigma * alpha**2 * lam_prime)
 
 
 @dataclass(frozen=True)
@@ -388,7 +395,9 @@ def vp_discrete(alphas_cumprod) -> VPDiscrete:
     return VPDiscrete(tuple(alphas_cumprod))
 
 
-def ddpm_alphas_cumprod(betas: str = "linear", start: float = 1e-4, end: float = 0.02, steps: int = 1000) -> np.ndarray:
+def ddpm_alphas_cumprod(
+    betas: str = "linear", start: float = 1e-4, end: float = 0.02, steps: int = 1000
+) -> np.ndarray:
     """The usual tables: ``linear`` (2006.11239) or ``scaled_linear`` (Stable Diffusion: .00085 to .012)."""
     if betas == "linear":
         b = np.linspace(start, end, steps)
@@ -402,7 +411,9 @@ def ddpm_alphas_cumprod(betas: str = "linear", start: float = 1e-4, end: float =
 def edm(sigma_max: float = 80.0, sigma_min: float = 0.002) -> EDM:
     """The variance-exploding path with t = sigma."""
     if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+        raise ValueError(
+            f"must have 0 < sigma_min < sigma_max, got sigma_min = {sigma_min}, sigma_max = {sigma_max}"
+        )
     return EDM(float(sigma_max), float(sigma_min))
 
 
