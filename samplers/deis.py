@@ -1,0 +1,26 @@
+"""DEIS (2204.13902): eps-form exponential integrators, Adams-Bashforth in t, rho or log rho.
+
+The paper's tAB-q has degree q and so q + 1 nodes: tAB-3 is ``order=4, variable="t"``. ``variable="lam"`` is what diffusers
+calls DEIS.
+"""
+
+from __future__ import annotations
+
+from .multistep import check_choice, check_order, multistep
+from .program import solver
+from .table import Table
+
+
+@solver(paper="2204.13902", calls="1", order="order")
+def deis(path, times, order: int = 3, variable: str = "t") -> Table:
+    """tAB ("t"), rhoAB ("rho") or diffusers' DEIS ("lam"), with ``order`` nodes.
+
+    >>> from fewstep.models import paths
+    >>> from fewstep.samplers import grids
+    >>> path = paths.vp_linear()
+    >>> deis(path, grids.quadratic(path, 10), order=4).slots
+    4
+    """
+    check_order("order", order, 1, 4)
+    check_choice("variable", variable, ("t", "rho", "lam"))
+    return multistep(path, times, form="eps", variable=variable, nodes=order)
