@@ -49,7 +49,7 @@ check: $(VENV)/.dev ## lint, formatting, types; changes nothing
 	$(PY) -m pyrefly check --config pyproject.toml --python-interpreter-path $(PY) $(VENV)/src/fewstep
 
 format: $(VENV)/.dev ## format, and mend what the linter can mend
-	$(PY) -m ruff check --fix .
+	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
 bench: $(VENV)/.test ## every solver at 5 to 20 calls, beside diffusers' schedulers

@@ -1,4 +1,4 @@
-"""Triton reads TRITON_INTERPRET when a kernel is defined, so these tests run in a process of their own (`make test`)."""
+"""Triton reads TRITON_INTERPRET when a kernel is defined: `make test` runs this folder in a process of its own."""
 
 from __future__ import annotations
 
