@@ -79,9 +79,8 @@ def kernel_mmd(a: torch.Tensor, b: torch.Tensor, kernel: Kernel, chunk: int = 10
     -1.555556
     """
     chunk = whole_number(chunk, "chunk")
+    a, b = sample_pair(a, b, ("a", "b"), least=2)
     m, n = len(a), len(b)
-    if min(m, n) < 2:
-        raise ValueError(f"a has {m} and b has {n} rows; this needs at least 2 of each")
     within_a = _row_sums(a, a, kernel, chunk, diagonal=False)[0]
     within_b = _row_sums(b, b, kernel, chunk, diagonal=False)[0]
     a_to_b, b_to_a = _row_sums(a, b, kernel, chunk, diagonal=True)
