@@ -26,7 +26,7 @@ def ancestral_noise(p: Program, i: int) -> np.ndarray:
     return p.sigma[i + 1] * np.sqrt(np.maximum(1.0 - shrink**2, 0.0))
 
 
-@solver(paper="2010.02502", calls="1", order="1")
+@solver(paper="2010.02502", calls="1", order=1)
 def ddim(path, times, eta: float = 0.0) -> Table:
     """First order, deterministic at eta = 0, ancestral at eta = 1; Euler of the flow on a straight path.
 

@@ -11,7 +11,7 @@ from .program import solver
 from .table import Table
 
 
-@solver(paper="2204.13902", calls="1", order="order")
+@solver(paper="2204.13902", calls="1", order=lambda o: min(o["order"], 2))
 def deis(path, times, order: int = 3, variable: str = "t") -> Table:
     """tAB ("t"), rhoAB ("rho") or diffusers' DEIS ("lam"), with ``order`` nodes.
 

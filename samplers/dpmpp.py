@@ -8,7 +8,7 @@ from .quadrature import decay, total
 from .table import Table
 
 
-@solver(paper="2211.01095", calls="1", order="order")
+@solver(paper="2211.01095", calls="1", order=lambda o: min(o["order"], 2))
 def dpmpp(path, times, order: int = 2, weight: str = "midpoint", final: str = "auto") -> Table:
     """DPM-Solver++ 1, 2M or 3M.
 
