@@ -2,5 +2,7 @@
 
 from . import paths
 from .denoiser import Denoiser
+from .ideal import IdealDenoiser
+from .mixture import GaussianMixture
 
-__all__ = ["Denoiser", "paths"]
+__all__ = ["Denoiser", "GaussianMixture", "IdealDenoiser", "paths"]

@@ -40,7 +40,9 @@ def combination(kind: str, path: Path, t: Times) -> tuple[Times, Times]:
     if kind == "eps":
         return 0.0, 1.0
     if kind == "score":
-        return 0.0, -1.0 / path.sigma(t)
+        sigma = path.sigma(t)
+        with np.errstate(divide="ignore"):
+            return 0.0, -1.0 / (np.float64(sigma) if isinstance(sigma, float) else sigma)
     if kind == "v":
         return -path.sigma(t), path.alpha(t)
     if kind == "flow":
@@ -61,7 +63,11 @@ def convert(path: Path, t: Times, given: str, wanted: str) -> tuple[Times, Times
     g_x, g_e = combination(given, path, t)
     h_x, h_e = combination(wanted, path, t)
     with np.errstate(divide="ignore", invalid="ignore"):
-        determinant = np.float64(alpha) * g_e - sigma * g_x if not isinstance(alpha, torch.Tensor) else alpha * g_e - sigma * g_x
+        determinant = (
+            np.float64(alpha) * g_e - sigma * g_x
+            if not isinstance(alpha, torch.Tensor)
+            else alpha * g_e - sigma * g_x
+        )
         p = (h_x * g_e - h_e * g_x) / determinant
         q = (alpha * h_e - sigma * h_x) / determinant
     if isinstance(t, (torch.Tensor, np.ndarray)):
@@ -176,6 +182,11 @@ class Denoiser:
         if scalars is None:
             raise NotImplementedError(f"{type(self).__name__} is not affine and must define __call__ itself")
         p, qs = scalars
+        if isinstance(p, float) and not np.isfinite([p, *qs]).all():
+            at = f"alpha = {self.path.alpha(t):.3g}, sigma = {self.path.sigma(t):.3g}"
+            raise ValueError(
+                f"t must be a time where {form} follows from {self.predicts}, got t = {t} ({at})"
+            )
         answer = x * coefficient(p, x)
         for q, output in zip(qs, outputs, strict=True):
             answer = answer + coefficient(q, x) * output.to(x.dtype)
@@ -204,7 +215,9 @@ class Denoiser:
         modules = dict(self.net.named_modules())
         missing = [name for name in names if name not in modules]
         if missing:
-            raise ValueError(f"names must be submodules of {type(self.net).__name__}; it has no {', '.join(missing)}")
+            raise ValueError(
+                f"names must be submodules of {type(self.net).__name__}; it has no {', '.join(missing)}"
+            )
         features: dict[str, torch.Tensor] = {}
 
         def keep(name: str):
