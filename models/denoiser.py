@@ -63,16 +63,19 @@ def convert(path: Path, t: Times, given: str, wanted: str) -> tuple[Times, Times
     g_x, g_e = combination(given, path, t)
     h_x, h_e = combination(wanted, path, t)
     with np.errstate(divide="ignore", invalid="ignore"):
-        determinant = (
-            np.float64(alpha) * g_e - sigma * g_x
-            if not isinstance(alpha, torch.Tensor)
-            else alpha * g_e - sigma * g_x
-        )
+        if isinstance(alpha, float):
+            alpha = np.float64(alpha)  # divides by 0 without an exception
+        determinant = alpha * g_e - sigma * g_x
         p = (h_x * g_e - h_e * g_x) / determinant
         q = (alpha * h_e - sigma * h_x) / determinant
     if isinstance(t, (torch.Tensor, np.ndarray)):
         return p, q
     return float(p), float(q)
+
+
+def _sqrt(value: Times) -> Times:
+    """Not ``value**0.5``: torch rounds a power by where a number stands in its tensor."""
+    return value.sqrt() if isinstance(value, torch.Tensor) else np.sqrt(value)
 
 
 def _wanted(form: str) -> str:
@@ -88,7 +91,8 @@ class Denoiser:
         call: ``call(x, tau, **cond)`` -> the network's output (or a tuple of them); ``tau`` has shape (B,).
         path: the Gaussian path it was trained on.
         predicts: what the output is: ``eps``, ``x0``, ``v`` (VP), ``flow`` (dx/dt) or ``score``.
-        precond: ``"edm"`` wraps the output as EDM does (2206.00364): x0 = c_skip x/alpha + c_out F(c_in x/alpha, ln(rho)/4).
+        precond: ``"edm"`` wraps the output as EDM does (2206.00364): x0 = c_skip x/alpha + c_out F with
+            F = call(c_in x/alpha, ln(rho)/4).
         sigma_data: EDM's constant, the data's standard deviation.
         time: t -> the number the network wants (default: t itself; EDM: ln(rho)/4), on float64 tensors and floats.
         net: the module behind ``call``: what patching, LoRA, EMA and sharding see.
@@ -148,7 +152,7 @@ class Denoiser:
         # x0 = c_skip x / alpha + c_out F, written without dividing by alpha
         alpha, sigma, s = self.path.alpha(t), self.path.sigma(t), self.sigma_data
         total = sigma * sigma + alpha * alpha * s * s
-        skip, out = alpha * s * s / total, sigma * s / total**0.5
+        skip, out = alpha * s * s / total, sigma * s / _sqrt(total)
         p, q = convert(self.path, t, "x0", wanted)
         return p + q * skip, (q * out,)
 
@@ -245,7 +249,7 @@ class Denoiser:
         if self.precond is None:
             return None
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        return (sigma * sigma + alpha * alpha * self.sigma_data**2) ** -0.5
+        return 1 / _sqrt(sigma * sigma + alpha * alpha * self.sigma_data**2)
 
     def _network_time(self, x: torch.Tensor, t: Times) -> torch.Tensor:
         if self.time is not None:

@@ -97,7 +97,7 @@ class IdealDenoiser(Denoiser):
         clean = sigma == 0  # the limit sigma -> 0: all of the mass on the nearest row
         query = x.flatten(1).to(self._rows) - alpha.to(self._rows)[:, None] * self._centre
         # -|q - alpha y|^2 / (2 sigma^2) = (alpha q.y - alpha^2 |y|^2/2 - |q|^2/2) / sigma^2
-        precision = torch.where(clean, torch.ones_like(sigma), sigma).pow(-2)
+        precision = 1 / torch.where(clean, 1.0, sigma * sigma)
         slope = (alpha * precision).to(query)[:, None] * query
         bend = (0.5 * alpha * alpha * precision).to(query)[:, None]
         maximum = query.new_full((len(query),), -math.inf)
