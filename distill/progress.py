@@ -30,4 +30,8 @@ def track(total: int, title: str, every: int = 250) -> Iterator[tuple[int, Calla
         yield step, shown.update
         if (step + 1) % every == 0 or step + 1 == total:
             numbers = " ".join(f"{k}={v:.4g}" for k, v in shown.items())
-            print(f"{title} {step + 1}/{total} {numbers} ({time.monotonic() - start:.0f} s)", file=sys.stderr, flush=True)
+            print(
+                f"{title} {step + 1}/{total} {numbers} ({time.monotonic() - start:.0f} s)",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,12 +1,12 @@
 """Recipes: YAML files, typed by dataclasses, changed by ``key=value`` on the command line.
 
-    >>> from dataclasses import dataclass
-    >>> @dataclass
-    ... class Demo:
-    ...     steps: int = 10
-    ...     lr: float = 1e-3
-    >>> read({"steps": 20}, Demo, ["lr=0.5"])
-    Demo(steps=20, lr=0.5)
+>>> from dataclasses import dataclass
+>>> @dataclass
+... class Demo:
+...     steps: int = 10
+...     lr: float = 1e-3
+>>> read({"steps": 20}, Demo, ["lr=0.5"])
+Demo(steps=20, lr=0.5)
 """
 
 from __future__ import annotations
@@ -46,12 +46,16 @@ def raw(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(source)
     data = OmegaConf.to_container(OmegaConf.load(find(str(source))))
     if not isinstance(data, dict):
-        raise ValueError(f"a recipe must be a mapping of keys to values, got {type(data).__name__} in {source}")
+        raise ValueError(
+            f"a recipe must be a mapping of keys to values, got {type(data).__name__} in {source}"
+        )
     return data
 
 
-def read(source: str | Path | Mapping[str, Any], schema: type[Recipe], overrides: Sequence[str] = ()) -> Recipe:
-    """Defaults of ``schema``, then the file (or mapping), then overrides such as ``steps=500`` or ``net.dropout=0.1``."""
+def read(
+    source: str | Path | Mapping[str, Any], schema: type[Recipe], overrides: Sequence[str] = ()
+) -> Recipe:
+    """Defaults of ``schema``, then the file (or mapping), then overrides: ``steps=500``, ``net.dropout=0.1``."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -59,7 +63,9 @@ def read(source: str | Path | Mapping[str, Any], schema: type[Recipe], overrides
         if "=" not in item:
             raise ValueError(f"overrides must look like key=value, got {item!r}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), raw(source), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(schema), raw(source), OmegaConf.from_dotlist(list(overrides))
+        )
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]

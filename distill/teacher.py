@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..models import paths
+from ..models.checkpoint import write_atomically
 from ..models.denoiser import Denoiser
 from ..models.digits import CLASSES, SHAPE, SIGMA_DATA, digits
 from ..models.load import build, save_checkpoint
@@ -88,7 +89,9 @@ def draw_times(times: Times, path: paths.Path, n: int, random: torch.Generator) 
     return t.clamp(path.t_min, path.t_max)
 
 
-def target(d: Denoiser, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def target(
+    d: Denoiser, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_t, F*): the network's input before any scaling, and what it should answer: solves  x0 = P x + Q F*  for F*."""
     wide = t.reshape(-1, *[1] * (x0.ndim - 1))
     x = d.path.alpha(wide) * x0 + d.path.sigma(wide) * eps
@@ -101,7 +104,9 @@ def target(d: Denoiser, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) ->
     return x.float(), torch.where(q_x.abs() > q_e.abs(), f_x, f_e).float()
 
 
-def denoising_loss(d: Denoiser, x0: torch.Tensor, label: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def denoising_loss(
+    d: Denoiser, x0: torch.Tensor, label: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
     """| F_theta - F* |^2, one number a sample; x0 and eps (B, ...), t (B,) in float64."""
     x, wanted = target(d, x0.double(), eps.double(), t)
     (output,) = d.raw(x, t, label=label)
@@ -147,19 +152,20 @@ def train(recipe: TeacherRecipe) -> tuple[Denoiser, dict[str, Any]]:
         average(averaged, net, step, recipe.ema_share)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of {recipe.name} became {value} at step {step}; try a smaller lr than {recipe.lr}")
+            raise FloatingPointError(
+                f"the loss of {recipe.name} became {value} at step {step}; try a smaller lr than {recipe.lr}"
+            )
         running = value if math.isnan(running) else 0.98 * running + 0.02 * value
         say(loss=running)
     net.load_state_dict(averaged.state_dict())
     net.eval().requires_grad_(False)
     record = {
-        "recipe": asdict(recipe),
+        "recipe": {k: v for k, v in asdict(recipe).items() if k != "out"},
         "core_seconds": round(time.process_time() - cpu, 1),
         "minutes": round((time.monotonic() - wall) / 60, 2),
         "parameters": sum(p.numel() for p in net.parameters()),
         "torch": torch.__version__,
     }
-    del record["recipe"]["out"]
     return d, {**record, "config": config}
 
 
@@ -203,8 +209,6 @@ def _run(recipe: TeacherRecipe) -> Path:
     record["metrics"] = measure(d)
     path = Path(recipe.out) / f"{recipe.name}.safetensors"
     save_checkpoint(path, d, config, training=record)
-    from ..models.checkpoint import write_atomically
-
     write_atomically(path.with_suffix(".md"), card(config, record))
     return path
 

@@ -7,35 +7,43 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..eval.frechet import frechet_distance
+from ..eval.neighbours import memorisation
 from ..models.classifier import load_classifier
 from ..models.denoiser import Denoiser
 from ..models.digits import CLASSES, SHAPE, digits
 from ..models.paths import EDM, Path
+from .card import DIGITS, LICENCE, model_card
 
 
 @torch.no_grad()
-def measure(d: Denoiser, num: int = 2000, steps: int = 40, seed: int = 0, batch: int = 500) -> dict[str, float]:
+def measure(
+    d: Denoiser, num: int = 2000, steps: int = 40, seed: int = 0, batch: int = 500
+) -> dict[str, float]:
     """Judge ``num`` samples, 1/10 of them of each class, of Heun's method with ``steps`` steps.
 
-    Frechet distances are in the classifier's 64 features, in float64, to all 1797 digits and to the 360 held out; beside
-    them stands what the training digits score against the held-out ones, for that is what a set of 360 allows.
+    Frechet distances are in the classifier's 64 features, in float64, to all 1797 digits and to the 360 held out;
+    beside them stands what the training digits score against the held-out ones, for that is what a set of 360 allows.
     Distances to the nearest training image are medians of Euclidean ones; the held-out digits' own stands beside it.
     """
     label = torch.arange(num) % CLASSES
     noise = torch.randn(num, *SHAPE, generator=torch.Generator().manual_seed(seed))
-    samples = torch.cat([heun(d, x, steps, y) for x, y in zip(noise.split(batch), label.split(batch), strict=True)])
+    samples = torch.cat(
+        [heun(d, x, steps, y) for x, y in zip(noise.split(batch), label.split(batch), strict=True)]
+    )
     images = {split: torch.from_numpy(digits(split)[0]) for split in ("all", "train", "held_out")}
     judge = load_classifier()
     features, logits = judge(samples)
     real = {split: judge.features(x) for split, x in images.items()}
+    near = memorisation(samples.flatten(1), images["train"].flatten(1), images["held_out"].flatten(1))
     loss, trivial = held_out_loss(d)
     numbers = {
-        "feature_fd_all": frechet(features, real["all"]),
-        "feature_fd_held_out": frechet(features, real["held_out"]),
-        "feature_fd_train_to_held_out": frechet(real["train"], real["held_out"]),
+        "feature_fd_all": frechet_distance(features, real["all"]),
+        "feature_fd_held_out": frechet_distance(features, real["held_out"]),
+        "feature_fd_train_to_held_out": frechet_distance(real["train"], real["held_out"]),
         "label_accuracy": float((logits.argmax(-1) == label).float().mean()),
-        "nearest_train": nearest(samples, images["train"]),
-        "nearest_train_of_held_out": nearest(images["held_out"], images["train"]),
+        "nearest_train": near.samples,
+        "nearest_train_of_held_out": near.held_out,
         "held_out_loss": loss,
         "held_out_loss_of_a_gaussian": trivial,
     }
@@ -61,26 +69,6 @@ def heun(d: Denoiser, noise: torch.Tensor, steps: int, label: torch.Tensor) -> t
         guess = x + (after - t) * first
         x = x + (after - t) / 2 * (first + slope(guess, after))
     return d(x.float(), times[-2], label=label)
-
-
-def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), by symmetric eigenvalues, in float64.
-
-    >>> x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    >>> round(frechet(x, x + 2.0), 6)
-    12.0
-    """
-    a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
-    shift = (a.mean(0) - b.mean(0)).square().sum()
-    return float(shift + a.T.cov().trace() + b.T.cov().trace() - 2 * cross)
-
-
-def nearest(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The median over a of the distance to the nearest of b."""
-    return float(torch.cdist(a.flatten(1), b.flatten(1)).min(dim=1).values.median())
 
 
 @torch.no_grad()
@@ -109,28 +97,39 @@ def held_out_loss(d: Denoiser, seed: int = 0) -> tuple[float, float]:
 def card(config: dict[str, Any], record: dict[str, Any]) -> str:
     """The model card."""
     recipe, numbers = record["recipe"], record["metrics"]
-    network = f"{record['parameters']} parameters, " + ", ".join(f"{k} {v}" for k, v in recipe["net"].items())
+    net = ", ".join(
+        [f"U-Net, {record['parameters']} parameters", *(f"{k} {v}" for k, v in recipe["net"].items())]
+    )
     times = recipe["times"]
-    drawn = times["kind"] if times["kind"] == "uniform" else f"{times['kind']}({times['mean']}, {times['std']})"
+    drawn = (
+        times["kind"] if times["kind"] == "uniform" else f"{times['kind']} ({times['mean']}, {times['std']})"
+    )
     precond = f", preconditioned as {config['precond']}" if config["precond"] else ""
-    return f"""# {recipe["name"]}
-
-Class-conditional generator of 8x8 digits: path `{config["path"]["path"]}`, predicts `{config["predicts"]}`{precond}.
-Labels are 0..9; 10 is the null label.
-
-| | |
-|---|---|
-| retrain | `fewstep teacher {recipe["name"]}` |
-| data | 1437 training digits of scikit-learn (UCI Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, CC BY 4.0); the 360 held out were not used |
-| net | U-Net, {network} |
-| training | {recipe["steps"]} steps of {recipe["batch"]}, lr {recipe["lr"]}, times {drawn}, {recipe["label_dropout"]:.0%} of labels dropped, averaged over {recipe["ema_share"]:.0%} of the run, seed {recipe["seed"]} |
-| cost | {record["minutes"]} minutes ({record["core_seconds"]} core-seconds, one thread), torch {record["torch"]} |
-| feature FD to all 1797 digits | **{numbers["feature_fd_all"]:.2f}** |
-| feature FD to the 360 held out | {numbers["feature_fd_held_out"]:.2f} (training digits: {numbers["feature_fd_train_to_held_out"]:.2f}) |
-| accuracy of labels | {numbers["label_accuracy"]:.3f} |
-| distance to the nearest training digit | {numbers["nearest_train"]:.2f} (held-out digits: {numbers["nearest_train_of_held_out"]:.2f}) |
-| held-out denoising loss | {numbers["held_out_loss"]:.3f} of the variance, mean over lam = -2..2 (the best Gaussian denoiser: {numbers["held_out_loss_of_a_gaussian"]:.3f}) |
-| licence | weights Apache-2.0, as the code |
-
-Measured on 2000 samples of Heun's method with 40 steps, in the features of `digits-classifier`.
-"""
+    training = (
+        f"{recipe['steps']} steps of {recipe['batch']}, AdamW, lr {recipe['lr']}, times {drawn}, "
+        f"{recipe['label_dropout']:.0%} of labels dropped, weights averaged over the last {recipe['ema_share']:.0%}, "
+        f"seed {recipe['seed']}"
+    )
+    return model_card(
+        recipe["name"],
+        f"Class-conditional generator of 8x8 digits: path `{config['path']['path']}`, predicts "
+        f"`{config['predicts']}`{precond}. Labels are 0..9; 10 is the null label.",
+        {
+            "retrain": f"`fewstep teacher {recipe['name']}`",
+            "data": DIGITS,
+            "net": net,
+            "training": training,
+            "cost": f"{record['minutes']} minutes ({record['core_seconds']} core-seconds, one thread), "
+            f"torch {record['torch']}",
+            "feature FD to all 1797 digits": f"**{numbers['feature_fd_all']:.2f}**",
+            "feature FD to the 360 held out": f"{numbers['feature_fd_held_out']:.2f} (the training digits themselves: "
+            f"{numbers['feature_fd_train_to_held_out']:.2f})",
+            "accuracy of labels": f"{numbers['label_accuracy']:.3f}",
+            "median distance to the nearest training digit": f"{numbers['nearest_train']:.2f} (held-out digits: "
+            f"{numbers['nearest_train_of_held_out']:.2f})",
+            "held-out denoising loss": f"{numbers['held_out_loss']:.3f} of the variance, mean of lam -2..2 (the best "
+            f"Gaussian denoiser: {numbers['held_out_loss_of_a_gaussian']:.3f})",
+            "licence": LICENCE,
+        },
+        "Measured on 2000 samples of Heun's method with 40 steps, in the features of `digits-classifier`.",
+    )

@@ -1,6 +1,6 @@
 """Scaled dot-product attention, by PyTorch's own operator or by xformers'.
 
-    softmax(q k^T / sqrt(D)) v        (1706.03762)
+softmax(q k^T / sqrt(D)) v        (1706.03762)
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, impl: str = "sd
         if isinstance(error, torch.OutOfMemoryError):
             raise
         kind = f"{tuple(q.shape)} {str(q.dtype).removeprefix('torch.')} on {q.device.type}"
-        raise RuntimeError(f"attention='xformers' has no operator for {kind} ({versions()}); use 'sdpa'") from error
+        raise RuntimeError(
+            f"attention='xformers' has no operator for {kind} ({versions()}); use 'sdpa'"
+        ) from error
     return out.transpose(1, 2)
 
 
 def check_implementation(impl: str) -> str:
-    """Return ``impl`` if it can be had here, else raise: ValueError for an unknown name, ImportError for a missing one."""
+    """``impl`` if it can be had here; ValueError if it is no name, ImportError if it cannot be loaded."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     if impl == "xformers":
         try:
             from xformers import ops  # noqa: F401
         except (ImportError, OSError) as error:
-            raise ImportError(f"attention='xformers' cannot be loaded ({versions()}); use 'sdpa': {error}") from error
+            raise ImportError(
+                f"attention='xformers' cannot be loaded ({versions()}); use 'sdpa': {error}"
+            ) from error
     return impl
 
 

@@ -1,10 +1,10 @@
 """Weights and what they mean in one safetensors file: tensors, and a JSON document in the file's own metadata.
 
-    >>> import tempfile, os
-    >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
-    >>> write(path, {"w": torch.ones(2)}, {"kind": "denoiser", "seed": 0})
-    >>> read(path)[1]["kind"]
-    'denoiser'
+>>> import tempfile, os
+>>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
+>>> write(path, {"w": torch.ones(2)}, {"kind": "denoiser", "seed": 0})
+>>> read(path)[1]["kind"]
+'denoiser'
 """
 
 from __future__ import annotations

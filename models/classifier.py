@@ -1,9 +1,9 @@
 """The digit classifier: the judge of the digits, by its 64 features and its logits.
 
-    >>> judge = load_classifier()
-    >>> features, logits = judge(torch.zeros(5, 1, 8, 8))
-    >>> features.shape, logits.shape
-    (torch.Size([5, 64]), torch.Size([5, 10]))
+>>> judge = load_classifier()
+>>> features, logits = judge(torch.zeros(5, 1, 8, 8))
+>>> features.shape, logits.shape
+(torch.Size([5, 64]), torch.Size([5, 10]))
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class DigitClassifier(nn.Module):
 
 def load_classifier(path: str | os.PathLike | None = None) -> DigitClassifier:
     """The classifier whose weights ship with the package (or those at ``path``): frozen, in evaluation mode."""
-    tensors, meta = checkpoint.read(checkpoint.DATA / "digits-classifier.safetensors" if path is None else path)
+    tensors, meta = checkpoint.read(
+        checkpoint.DATA / "digits-classifier.safetensors" if path is None else path
+    )
     if meta.get("kind") != "classifier":
         raise ValueError(f"path must be a classifier's checkpoint, got one of a {meta.get('kind')}")
     net = DigitClassifier(**meta["net"])

@@ -46,7 +46,9 @@ def split_rows(split: str) -> np.ndarray:
     # RandomState's stream is frozen by NumPy, a Generator's is not
     random = np.random.RandomState(20261120)
     held_out = np.sort(
-        np.concatenate([random.permutation(np.flatnonzero(labels == c))[:HELD_OUT_PER_CLASS] for c in range(CLASSES)])
+        np.concatenate(
+            [random.permutation(np.flatnonzero(labels == c))[:HELD_OUT_PER_CLASS] for c in range(CLASSES)]
+        )
     )
     return held_out if split == "held_out" else np.setdiff1d(np.arange(len(labels)), held_out)
 
@@ -56,7 +58,9 @@ def _everything() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install scikit-learn (or fewstep[demo])") from error
+        raise ImportError(
+            "the digits come with scikit-learn: pip install scikit-learn (or fewstep[demo])"
+        ) from error
     bunch = load_digits()
     images = (bunch.images / 8.0 - 1.0).astype(np.float32)[:, None]
     return images, bunch.target.astype(np.int64)

@@ -36,20 +36,32 @@ class DiTConfig:
     num_class_embeds: int | None = None
 
     def __post_init__(self):
-        for name in ("sample_size", "in_channels", "out_channels", "patch_size", "hidden_size", "depth", "num_heads"):
+        for name in (
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "patch_size",
+            "hidden_size",
+            "depth",
+            "num_heads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sample_size % self.patch_size:
             raise ValueError(f"patch_size {self.patch_size} must divide sample_size {self.sample_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise ValueError(f"hidden_size must be divisible by 4 and by num_heads {self.num_heads}, got {self.hidden_size}")
+            raise ValueError(
+                f"hidden_size must be divisible by 4 and by num_heads {self.num_heads}, got {self.hidden_size}"
+            )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> DiTConfig:
         """From plain data; ValueError on a key that is not here."""
         known = {field.name for field in fields(cls)}
         if unknown := set(config) - known:
-            raise ValueError(f"unknown key {', '.join(sorted(unknown))}; a DiT's config has {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown key {', '.join(sorted(unknown))}; a DiT's config has {', '.join(sorted(known))}"
+            )
         return cls(**config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,7 +77,7 @@ def position_features(side: int, dim: int) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each scaled, shifted and gated by the condition: x + gate f((1 + scale) norm(x) + shift)."""
+    """Attention and an MLP, steered by the condition: each is x + gate f((1 + scale) norm(x) + shift)."""
 
     def __init__(self, config: DiTConfig, impl: str):
         super().__init__()
@@ -75,11 +87,15 @@ class Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width)
+        )
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(functional.silu(condition))[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(functional.silu(condition))[
+            :, None
+        ].chunk(6, dim=-1)
         h = self.norm1(x) * (1 + scale1) + shift1
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + gate1 * self.proj(attention(q, k, v, self.impl).transpose(1, 2).flatten(2))
@@ -100,7 +116,9 @@ class DiT(nn.Module):
         positions = position_features(config.sample_size // patch, width)
         self.register_buffer("positions", positions, persistent=False)
         self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.class_embedding = nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
+        self.class_embedding = (
+            nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
+        )
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.depth))
         self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.modulation_out = nn.Linear(width, 2 * width)

@@ -1,8 +1,8 @@
 """``load``: a Denoiser from a name, a checkpoint or a diffusers folder; ``save_checkpoint``: the way back.
 
-    >>> d = load("digits-flow")
-    >>> d.shape, d.path.name, d.predicts
-    ((1, 8, 8), 'flow', 'flow')
+>>> d = load("digits-flow")
+>>> d.shape, d.path.name, d.predicts
+((1, 8, 8), 'flow', 'flow')
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint, paths
 from .denoiser import Denoiser
@@ -33,7 +32,7 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle:
     Args:
         name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers; a
             ``.safetensors`` checkpoint of fewstep; or a folder that diffusers saved: a pipeline of a UNet2DModel and
-            a DDPM-like scheduler.
+            a DDPM-like scheduler; or, where pickles are allowed, one of the EDM repositories.
         attention: ``sdpa`` or ``xformers``.
         allow_pickle: pickles run code when they are read, so they are refused unless this says so.
     """
@@ -48,7 +47,7 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle:
                 f"{name} is a pickle, and reading one runs whatever code is in it; if you trust its source, pass "
                 "allow_pickle=True, or better convert it to safetensors"
             )
-        raise NotImplementedError(f"{name}: pickled networks cannot be loaded yet, even when they are allowed")
+        return _edm_pickle(path)
     if path.is_dir():
         return _diffusers(path, attention)
     if path.is_file():
@@ -71,7 +70,9 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     """
     known = {"path", "predicts", "precond", "sigma_data", "time_scale", "net", "shape"}
     if unknown := set(config) - known:
-        raise ValueError(f"unknown key {', '.join(sorted(unknown))}; a Denoiser's config has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"unknown key {', '.join(sorted(unknown))}; a Denoiser's config has {', '.join(sorted(known))}"
+        )
     net_config = dict(config["net"])
     kind = net_config.pop("type", None)
     if kind not in NETS:
@@ -111,8 +112,13 @@ def save_checkpoint(
     if d.net is None:
         raise ValueError("d must have a network to save: this Denoiser has net=None")
     build(config).net.load_state_dict(d.net.state_dict())  # what cannot be loaded again is not written
-    tensors = {k: v if dtype is None or not v.is_floating_point() else v.to(dtype) for k, v in d.net.state_dict().items()}
-    checkpoint.write(path, tensors, {"kind": "denoiser", "config": dict(config), "training": dict(training or {})})
+    tensors = {
+        k: v if dtype is None or not v.is_floating_point() else v.to(dtype)
+        for k, v in d.net.state_dict().items()
+    }
+    checkpoint.write(
+        path, tensors, {"kind": "denoiser", "config": dict(config), "training": dict(training or {})}
+    )
 
 
 def _checkpoint(path: Path, attention: str) -> Denoiser:
@@ -137,10 +143,15 @@ def _diffusers(folder: Path, attention: str) -> Denoiser:
             f"{folder} has no model_index.json: what can be loaded is a pipeline folder that diffusers saved, with "
             "unet/ (a UNet2DModel) and scheduler/ in it"
         )
-    config, scheduler = _json(folder / "unet" / "config.json"), _json(folder / "scheduler" / "scheduler_config.json")
+    config, scheduler = (
+        _json(folder / "unet" / "config.json"),
+        _json(folder / "scheduler" / "scheduler_config.json"),
+    )
     if config is None or config.get("_class_name") != "UNet2DModel" or scheduler is None:
         found = f"{index.get('_class_name')} with {config.get('_class_name') if config else 'no unet'}"
-        raise ValueError(f"{folder} is a {found}; what can be loaded is a UNet2DModel with a DDPM-like scheduler")
+        raise ValueError(
+            f"{folder} is a {found}; what can be loaded is a UNet2DModel with a DDPM-like scheduler"
+        )
     prediction = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
     kind = scheduler.get("prediction_type", "epsilon")
     if "num_train_timesteps" not in scheduler or "beta_schedule" not in scheduler or kind not in prediction:
@@ -164,10 +175,28 @@ def _diffusers(folder: Path, attention: str) -> Denoiser:
     return _frozen(d)
 
 
+def _edm_pickle(path: Path) -> Denoiser:
+    """The network under ``ema`` in a pickle of the EDM repositories: net(x, sigma, one-hot label) is an x0."""
+    import pickle
+
+    with open(path, "rb") as file:
+        content = pickle.load(file)
+    net = content.get("ema") if isinstance(content, dict) else None
+    missing = [name for name in ("img_channels", "img_resolution", "label_dim") if not hasattr(net, name)]
+    if missing:
+        raise ValueError(f"{path} is no EDM pickle: what is under 'ema' has no {', '.join(missing)}")
+
+    def call(x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+        if not net.label_dim:
+            return net(x, sigma, None)
+        classes = torch.zeros(len(x), net.label_dim, device=x.device)
+        if label is not None:  # no label is a row of zeros
+            classes[torch.arange(len(x), device=x.device), label] = 1
+        return net(x, sigma, classes)
+
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    return _frozen(Denoiser(call, paths.edm(), predicts="x0", net=net.float(), shape=shape))
+
+
 def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def null_label(net: nn.Module) -> int | None:
-    """The label that means none for a network that we loaded; None where it knows no labels."""
-    return getattr(net, "null_label", None)

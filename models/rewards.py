@@ -1,8 +1,8 @@
 """Rewards of digit images: functions from x0 (B, 1, 8, 8) to (B,), differentiable in x0.
 
-    >>> reward = class_probability(3)
-    >>> reward(torch.zeros(2, 1, 8, 8)).shape
-    torch.Size([2])
+>>> reward = class_probability(3)
+>>> reward(torch.zeros(2, 1, 8, 8)).shape
+torch.Size([2])
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ class UNetConfig:
             if len(kinds) != len(widths) or not widths:
                 raise ValueError(f"{name} must have one entry per block_out_channels {widths}, got {kinds}")
             if unknown := set(kinds) - set(known):
-                raise ValueError(f"{name} may hold {' and '.join(known)}, got {', '.join(sorted(map(str, unknown)))}")
+                raise ValueError(
+                    f"{name} may hold {' and '.join(known)}, got {', '.join(sorted(map(str, unknown)))}"
+                )
         if self.layers_per_block < 1:
             raise ValueError(f"layers_per_block must be at least 1, got {self.layers_per_block}")
         if self.resnet_time_scale_shift not in ("default", "scale_shift"):
@@ -84,14 +86,22 @@ class UNetConfig:
             )
         if self.downsample_padding not in (0, 1):
             raise ValueError(f"downsample_padding must be 0 or 1, got {self.downsample_padding}")
-        attentive = {w for w, kind in zip(widths, self.down_block_types, strict=True) if kind.startswith("Attn")}
-        attentive |= {w for w, kind in zip(widths[::-1], self.up_block_types, strict=True) if kind.startswith("Attn")}
+        attentive = {
+            w for w, kind in zip(widths, self.down_block_types, strict=True) if kind.startswith("Attn")
+        }
+        attentive |= {
+            w for w, kind in zip(widths[::-1], self.up_block_types, strict=True) if kind.startswith("Attn")
+        }
         attentive |= {widths[-1]} if self.add_attention else set()
         for width in widths:
             if width % self.norm_num_groups:
-                raise ValueError(f"norm_num_groups {self.norm_num_groups} must divide every width of {widths}")
+                raise ValueError(
+                    f"norm_num_groups {self.norm_num_groups} must divide every width of {widths}"
+                )
             if self.attention_head_dim and width in attentive and width % self.attention_head_dim:
-                raise ValueError(f"attention_head_dim {self.attention_head_dim} must divide the width {width}")
+                raise ValueError(
+                    f"attention_head_dim {self.attention_head_dim} must divide the width {width}"
+                )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> UNetConfig:
@@ -116,7 +126,9 @@ class UNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def time_features(tau: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0) -> torch.Tensor:
+def time_features(
+    tau: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0
+) -> torch.Tensor:
     """sin and cos of tau 10000^{-i / (dim/2 - freq_shift)}, i < dim/2: (B,) -> (B, dim), in float32.
 
     >>> time_features(torch.zeros(1), 4)
@@ -124,7 +136,9 @@ def time_features(tau: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, fre
     """
     half = dim // 2
     # rounded in diffusers' order: at tau = 1000 one bit of a frequency is 1e-5 of an angle
-    powers = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=tau.device) / (half - freq_shift)
+    powers = (
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=tau.device) / (half - freq_shift)
+    )
     angles = tau.float()[:, None] * torch.exp(powers)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return functional.pad(torch.cat(waves, dim=-1), (0, dim % 2))
@@ -208,7 +222,9 @@ class Resample(nn.Module):
 class Stage(nn.Module):
     """The blocks at one size: residual blocks (each with attention or none), then perhaps a change of size."""
 
-    def __init__(self, widths_in: list[int], width: int, attends: bool, config: UNetConfig, time_width: int, impl: str):
+    def __init__(
+        self, widths_in: list[int], width: int, attends: bool, config: UNetConfig, time_width: int, impl: str
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(ResBlock(w, width, config, time_width) for w in widths_in)
         self.attentions = nn.ModuleList(
@@ -287,7 +303,9 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeMLP(widths[0], time_width)
-        self.class_embedding = nn.Embedding(config.num_class_embeds, time_width) if config.num_class_embeds else None
+        self.class_embedding = (
+            nn.Embedding(config.num_class_embeds, time_width) if config.num_class_embeds else None
+        )
 
         kept = [widths[0]]  # widths of the feature maps on the way down, newest last
         self.down_blocks = nn.ModuleList()
@@ -319,7 +337,7 @@ class UNet(nn.Module):
         return self.config.num_class_embeds - 1 if self.config.num_class_embeds else None
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W) with H and W divisible by 2^(stages - 1), t (B,) as the net counts time, label (B,) or None."""
+        """x (B, C, H, W) with sides divisible by 2^(stages - 1), t (B,) as the net counts time, label (B,) or None."""
         config = self.config
         step = 2 ** (len(config.block_out_channels) - 1)
         if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % step or x.shape[3] % step:
@@ -358,6 +376,8 @@ class UNet(nn.Module):
     def from_diffusers(cls, twin, attention: str = "sdpa") -> UNet:
         """From a ``diffusers.UNet2DModel``; ValueError where it has an option that is not here."""
         first = next(twin.parameters())
-        net = cls(UNetConfig.from_dict(dict(twin.config)), attention).to(device=first.device, dtype=first.dtype)
+        net = cls(UNetConfig.from_dict(dict(twin.config)), attention).to(
+            device=first.device, dtype=first.dtype
+        )
         net.load_state_dict(twin.state_dict())
         return net.train(twin.training)

@@ -44,7 +44,10 @@ CONFIGS = {
         num_class_embeds=3,
     ),
     "scale_shift_mid_norm": dict(
-        block_out_channels=(8, 16), norm_num_groups=4, resnet_time_scale_shift="scale_shift", attn_norm_num_groups=2
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        resnet_time_scale_shift="scale_shift",
+        attn_norm_num_groups=2,
     ),
 }
 
@@ -91,7 +94,9 @@ def test_label_time_and_null_label_matter():
 def test_config_survives_a_dict_and_refuses_what_is_not_here():
     config = UNetConfig(**CONFIGS["ddpm"])
     assert UNetConfig.from_dict(config.to_dict()) == config
-    assert UNetConfig.from_dict({**config.to_dict(), "act_fn": "silu", "_class_name": "UNet2DModel"}) == config
+    assert (
+        UNetConfig.from_dict({**config.to_dict(), "act_fn": "silu", "_class_name": "UNet2DModel"}) == config
+    )
     for wrong, named in [
         ({"act_fn": "gelu"}, "act_fn"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type"),

@@ -1,0 +1,167 @@
+"""The teachers' trainer: its target, its times, its recipes, and a short run of each kind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+from fewstep.distill import recipe as recipes
+from fewstep.distill.teacher import (
+    TeacherRecipe,
+    Times,
+    average,
+    draw_times,
+    learning_rate,
+    main,
+    run,
+    target,
+)
+from fewstep.models import paths
+from fewstep.models.denoiser import Denoiser
+from fewstep.models.load import load
+
+KINDS = [
+    (paths.edm(), "x0", "edm"),
+    (paths.flow(), "flow", None),
+    (paths.flow(), "flow", "edm-like"),
+    (paths.vp_linear(), "eps", None),
+    (paths.vp_linear(), "x0", "edm"),
+    (paths.vp_cosine(), "v", None),
+]
+
+
+@pytest.mark.parametrize("path, predicts, precond", KINDS)
+def test_a_network_that_hits_the_target_is_a_perfect_denoiser(path, predicts, precond):
+    """Put F* in the network's place: the Denoiser must then answer the x0 that x was made of."""
+    if precond == "edm-like":
+        predicts, precond = "x0", "edm"
+    random = torch.Generator().manual_seed(0)
+    x0 = torch.randn(9, 1, 2, 2, generator=random, dtype=torch.float64)
+    eps = torch.randn(9, 1, 2, 2, generator=random, dtype=torch.float64)
+    t = torch.linspace(path.t_min, path.t_max, 9, dtype=torch.float64)
+    answer = []
+    d = Denoiser(lambda x, tau: answer[0], path, predicts=predicts, precond=precond, sigma_data=0.75)
+    x, wanted = target(d, x0, eps, t)
+    answer.append(wanted.double())
+    exact = path.alpha(t).reshape(-1, 1, 1, 1) * x0 + path.sigma(t).reshape(-1, 1, 1, 1) * eps
+    assert torch.allclose(x.double(), exact, rtol=1e-6)
+    # float32 targets: their rounding is magnified by Q, which an eps network has as sigma / alpha
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    size = 1e-6 * (1 + (sigma / alpha.clamp(min=1e-12) if predicts == "eps" else 0 * t))
+    error = (d(exact, t) - x0).flatten(1).abs().max(dim=1).values
+    assert (error <= 4 * size).all(), error
+
+
+@pytest.mark.parametrize("path, times", [
+    (paths.edm(), Times("lognormal", -1.0, 1.2)),
+    (paths.flow(), Times("logit_normal", 0.5, 1.0)),
+    (paths.vp_linear(), Times("uniform")),
+])  # fmt: skip
+def test_times_follow_their_distribution_and_fill_every_stratum(path, times):
+    t = draw_times(times, path, 4000, torch.Generator().manual_seed(0))
+    assert t.dtype == torch.float64 and t.min() >= path.t_min and t.max() <= path.t_max
+    if times.kind == "uniform":
+        counts = torch.histc(t.float(), 100, path.t_min, path.t_max)
+        assert (counts - 40).abs().max() <= 2
+    else:
+        z = t.log() if times.kind == "lognormal" else t.logit()
+        # stratified: moments are far closer than 4000 independent draws would bring them (.016 and .011)
+        assert abs(z.mean() - times.mean) < 2e-3 and abs(z.std() - times.std) < 6e-3
+    assert (t.diff() > 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_unknown_times_are_named():
+    with pytest.raises(ValueError, match="lognormal"):
+        draw_times(Times("beta"), paths.flow(), 4, torch.Generator())
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate(s, 100, 10) for s in range(100)]
+    assert rates.index(max(rates)) == 9 and rates[0] < 0.11 and rates[-1] < 1e-3
+
+
+def test_the_average_looks_back_over_a_share_of_the_run():
+    """With weights equal to the step, a share of 1/10 gives the mean age that the power law has."""
+    kept, new = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    for step in range(2000):
+        torch.nn.init.constant_(new.weight, float(step))
+        average(kept, new, step, 0.1)
+    # weights ~ s^(1/share - 1): mean s = n / (1 + share)
+    assert kept.weight.item() == pytest.approx(2000 / 1.1, rel=2e-3)
+
+
+def test_shipped_recipes_are_read_and_wrong_ones_refused(tmp_path):
+    assert recipes.names() == ("digits-classifier", "digits-edm", "digits-flow", "digits-vp")
+    for name in ("digits-edm", "digits-flow", "digits-vp"):
+        assert recipes.read(name, TeacherRecipe).name == name
+    changed = recipes.read("digits-edm", TeacherRecipe, ["steps=7", "net.dropout=0.1", "times.std=2"])
+    assert (changed.steps, changed.net["dropout"], changed.times.std) == (7, 0.1, 2.0)
+    for wrong, said in [("stepz=7", "stepz"), ("steps=many", "many"), ("steps", "key=value")]:
+        with pytest.raises(ValueError, match=said):
+            recipes.read("digits-edm", TeacherRecipe, [wrong])
+    with pytest.raises(ValueError, match="did you mean 'digits-edm'"):
+        recipes.find("digit-edm")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping"):
+        recipes.raw(tmp_path / "list.yaml")
+
+
+def test_an_impossible_recipe_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="kind"):
+        run({"kind": "gan"})
+    with pytest.raises(ValueError, match="path must be"):
+        run("digits-edm", ["path.path=line", f"out={tmp_path}"])
+    with pytest.raises(FloatingPointError, match="digits-flow became nan at step"):
+        run(
+            "digits-flow",
+            ["lr=1e30", "steps=20", "warmup=1", f"out={tmp_path}", "net.block_out_channels=[16,16]"],
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture()
+def quick(monkeypatch):
+    """Measuring takes longer than these short runs."""
+    from fewstep.distill import teacher_card
+
+    full = teacher_card.measure
+    monkeypatch.setattr(teacher_card, "measure", lambda d: full(d, num=100, steps=3))
+
+
+def test_a_short_run_learns_repeats_and_loads(tmp_path, quick, capsys):
+    small = ["net.block_out_channels=[8,16]", "steps=40", "batch=64", "warmup=5"]
+    for folder in ("a", "b"):
+        assert main(["digits-flow", f"out={tmp_path / folder}", *small]) == 0
+    first, second = (tmp_path / f / "digits-flow.safetensors" for f in ("a", "b"))
+    assert str(first) in capsys.readouterr().out
+    a, b = load(first), load(second)
+    for p, q in zip(a.net.parameters(), b.net.parameters(), strict=True):
+        assert torch.equal(p, q)
+    card = first.with_suffix(".md").read_text()
+    for said in ("seed 0", "minutes", "feature FD", "CC BY 4.0", "fewstep teacher digits-flow"):
+        assert said in card
+    assert str(tmp_path) not in card and str(tmp_path).encode() not in first.read_bytes()
+
+
+def test_a_short_run_of_the_classifier(tmp_path):
+    path = run("digits-classifier", ["steps=60", "width=8", f"out={tmp_path}"])
+    from fewstep.models.checkpoint import read
+    from fewstep.models.classifier import load_classifier
+
+    record = read(path)[1]["training"]
+    assert (
+        record["held_out_accuracy"] > 0.3
+        and math.isfinite(record["minutes"])
+        and "out" not in record["recipe"]
+    )
+    assert load_classifier(path)(torch.zeros(1, 1, 8, 8))[1].shape == (1, 10)
+
+
+def test_the_command_reports_bad_arguments(capsys):
+    with pytest.raises(SystemExit):
+        main(["digits-flo"])
+    assert "did you mean 'digits-flow'" in capsys.readouterr().err
