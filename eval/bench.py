@@ -120,7 +120,7 @@ def environment() -> dict[str, Any]:
     True
     """
     cuda = torch.cuda.is_available()
-    versions = {name: _version(name) for name in ("torch", "triton", "diffusers", "xformers", "numpy")}
+    versions = {name: _version(name) for name in ("triton", "diffusers", "xformers", "numpy")}
     return {
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "devices": torch.cuda.device_count() if cuda else 0,
@@ -128,6 +128,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **versions,
+        "torch": str(torch.__version__),  # with its build: 2.11.0+cu130 where the registry only says 2.11.0
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fewstep": __version__,
