@@ -96,8 +96,8 @@ class GaussianMixture:
         self._turned_means = self.means
         if self.vectors is not None:
             self._turned_means = torch.einsum("kd,kde->ke", self.means, self.vectors)
-            self._turn = self.vectors.permute(1, 0, 2).reshape(self.dim, -1).contiguous()  # D, K D
-            self._turn_back = self.vectors.permute(0, 2, 1).reshape(-1, self.dim).contiguous()  # K D, D
+            self._turn = _padded(self.vectors.permute(1, 0, 2).reshape(self.dim, -1))  # D, K D
+            self._turn_back = _padded(self.vectors.permute(0, 2, 1).reshape(-1, self.dim))  # K D, D
         return self
 
     @classmethod
@@ -172,7 +172,7 @@ class GaussianMixture:
     def log_prob(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
         """log p_t(x), (...), for x (..., D) and t a number or (...); without a path, of the mixture itself."""
         flat, alpha, sigma = self._arguments(x, path, t)
-        _, variance, residual = self._residuals(flat, alpha, sigma)
+        variance, residual = self._residuals(flat, alpha, sigma)
         return self._logits(variance, residual).logsumexp(-1).reshape(x.shape[:-1]).to(x.dtype)
 
     def responsibilities(
@@ -180,14 +180,14 @@ class GaussianMixture:
     ) -> torch.Tensor:
         """p(k | x_t = x): (..., K)."""
         flat, alpha, sigma = self._arguments(x, path, t)
-        _, variance, residual = self._residuals(flat, alpha, sigma)
+        variance, residual = self._residuals(flat, alpha, sigma)
         share = self._logits(variance, residual).softmax(-1)
         return share.reshape(*x.shape[:-1], self.components).to(x.dtype)
 
     def score(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
         """The gradient of log p_t at x: (..., D)."""
         flat, alpha, sigma = self._arguments(x, path, t)
-        return self._estimates(flat, alpha, sigma)[1].reshape(x.shape).to(x.dtype)
+        return self._score(self._pulls(flat, alpha, sigma)[1]).reshape(x.shape).to(x.dtype)
 
     def posterior(self, x: torch.Tensor, path: Path, t: float) -> GaussianMixture:
         """The mixture that x0 follows given x_t = x, for one x of shape (D,); needs sigma > 0."""
@@ -214,14 +214,18 @@ class GaussianMixture:
             if x.device.type == "cpu" and not tau.requires_grad and bool((tau == tau[0]).all()):
                 tau = tau[:1]  # most calls: one log-determinant instead of B
             alpha, sigma = path.alpha(tau).to(self.means), path.sigma(tau).to(self.means)
-            x0, score = self._estimates(x.reshape(len(x), -1).to(self.means), alpha, sigma, label)
+            flat = x.reshape(len(x), -1).to(self.means)
+            share, pull = self._pulls(flat, alpha, sigma, label)
             if predicts in ("x0", "score"):
-                out = x0 if predicts == "x0" else score
+                out = self._x0(flat, alpha, sigma, share, pull) if predicts == "x0" else self._score(pull)
             else:
                 g_x, g_e = (
-                    torch.as_tensor(g).to(x0).reshape(-1, 1) for g in combination(predicts, path, tau)
+                    torch.as_tensor(g).to(flat).reshape(-1, 1) for g in combination(predicts, path, tau)
                 )
-                out = g_x * x0 - g_e * sigma[:, None] * score
+                x0 = (
+                    self._x0(flat, alpha, sigma, share, pull) if predicts != "eps" else torch.zeros_like(flat)
+                )
+                out = g_x * x0 - g_e * sigma[:, None] * self._score(pull)
             return out.reshape(x.shape).to(x.dtype)
 
         return Denoiser(call, path, predicts=predicts, shape=(self.dim,))
@@ -240,13 +244,14 @@ class GaussianMixture:
         return x.reshape(-1, self.dim).to(self.means), alpha, sigma
 
     def _residuals(self, x, alpha, sigma):
-        """x (B, D), alpha and sigma (B,) or (1,) -> s, alpha^2 s + sigma^2 and V'(x - alpha m): (B, K, D)."""
+        """x (B, D), alpha and sigma (B,) or (1,) -> alpha^2 s + sigma^2 and V'(x - alpha m), (B, K, D)."""
         if self.vectors is None:
             turned = x[:, None]
         else:
-            turned = _rowwise_product(x, self._turn).reshape(len(x), self.components, self.dim)
+            turned = _rowwise_product(x, self._turn)[:, : self.components * self.dim]
+            turned = turned.reshape(len(x), self.components, self.dim)
         a, s = alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1, 1)
-        return self.values, a * a * self.values + s * s, turned - a * self._turned_means
+        return a * a * self.values + s * s, turned - a * self._turned_means
 
     def _logits(self, variance, residual):
         """log of w_k N(x; k): (B, K)."""
@@ -255,28 +260,34 @@ class GaussianMixture:
         distance = (residual * residual / variance).sum(-1)
         return self.log_weights - 0.5 * (self.dim * LOG_2PI + log_det + distance)
 
-    def _estimates(self, x, alpha, sigma, label=None):
-        """E[x0 | x_t] and the score, each (B, D)."""
-        values, variance, residual = self._residuals(x, alpha, sigma)
+    def _pulls(self, x, alpha, sigma, label=None):
+        """p(k | x), (B, K, 1), and minus each component's share of the score in its own axes, (B, K, D)."""
+        variance, residual = self._residuals(x, alpha, sigma)
         logits = self._logits(variance, residual)
         if label is not None:
             label = torch.as_tensor(label, device=x.device)
-            kept = (torch.arange(self.components, device=x.device) == label[:, None]) | (label[:, None] == -1)
-            if label.shape != x.shape[:1] or not kept.any(-1).all():
+            if label.shape != x.shape[:1] or (label < -1).any() or (label >= self.components).any():
                 last = self.components - 1
                 raise ValueError(f"label must hold a number from -1 to {last} for each of {len(x)} samples")
+            kept = (torch.arange(self.components, device=x.device) == label[:, None]) | (label[:, None] == -1)
             logits = logits.masked_fill(~kept, -math.inf)
         share = logits.softmax(-1)[..., None]
-        pull = share * residual / variance  # (B, K, D): minus the score, in each component's axes
-        gain = alpha.reshape(-1, 1, 1) * values * pull
-        if self.vectors is None:
-            back, score = gain.sum(1), -pull.sum(1)
-        else:
-            back = _rowwise_product(gain.flatten(1), self._turn_back)
-            score = -_rowwise_product(pull.flatten(1), self._turn_back)
-        x0 = (share * self.means).sum(1) + back
+        return share, share * residual / variance
+
+    def _score(self, pull):
+        return -self._from_axes(pull)
+
+    def _x0(self, x, alpha, sigma, share, pull):
+        gain = alpha.reshape(-1, 1, 1) * self.values * pull
+        x0 = (share * self.means).sum(1) + self._from_axes(gain)
         clean = (sigma == 0)[:, None]
-        return torch.where(clean, x / torch.where(clean, alpha[:, None], 1.0), x0), score
+        return torch.where(clean, x / torch.where(clean, alpha[:, None], 1.0), x0)
+
+    def _from_axes(self, turned):
+        """sum_k V_k turned_k: (B, D)."""
+        if self.vectors is None:
+            return turned.sum(1)
+        return _rowwise_product(turned.flatten(1), self._turn_back)[:, : self.dim]
 
     # --- closed forms -------------------------------------------------------------------------------------
 
@@ -344,12 +355,12 @@ class GaussianMixture:
         >>> GaussianMixture([1.0], [[0.0]], 1.0).tilt([0.5], -1.0).mean.item()
         0.25
         """
-        a = torch.as_tensor(a).to(self.means)
+        a = torch.as_tensor(a, dtype=self.means.dtype, device=self.means.device)
         if a.shape not in ((self.dim,), ()):
             raise ValueError(f"a must be a number or have shape ({self.dim},), got {tuple(a.shape)}")
         constant, linear, precision = self._canonical()
         if B is not None:
-            B = torch.as_tensor(B).to(self.means)
+            B = torch.as_tensor(B, dtype=self.means.dtype, device=self.means.device)
             if B.shape not in ((), (self.dim,), (self.dim, self.dim)):
                 shapes = f"({self.dim},) or ({self.dim}, {self.dim})"
                 raise ValueError(f"B must be a number or have shape {shapes}, got {tuple(B.shape)}")
@@ -391,13 +402,23 @@ class GaussianMixture:
         return self._made(log_weights - log_mass, means, 1 / precision, vectors, log_mass, self.means.dtype)
 
 
-def _rowwise_product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows @ matrix; on a CPU in blocks of one shape, as BLAS rounds differently in products of other shapes."""
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    """With zeros, to whole blocks both ways."""
+    rows, columns = matrix.shape
+    return torch.nn.functional.pad(matrix, (0, -columns % _BLOCK, 0, -rows % _BLOCK)).contiguous()
+
+
+def _rowwise_product(rows: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+    """rows @ matrix, rounded alike wherever a row stands.
+
+    BLAS rounds differently in products of other shapes, and differently again where a shape does not fill its
+    blocks: on a CPU all products here have one shape, in whole blocks.
+    """
+    count, width = rows.shape
     if rows.device.type != "cpu":
-        return rows @ matrix
-    padding = -len(rows) % _BLOCK
-    padded = torch.cat([rows, rows.new_zeros(padding, rows.shape[1])]) if padding else rows.contiguous()
-    return torch.cat([block @ matrix for block in padded.split(_BLOCK)])[: len(rows)]
+        return rows @ padded[:width]
+    rows = torch.nn.functional.pad(rows, (0, len(padded) - width, 0, -count % _BLOCK))
+    return torch.cat([block @ padded for block in rows.split(_BLOCK)])[:count]
 
 
 def ring(modes: int = 8, radius: float = 2.0, std: float = 0.15) -> GaussianMixture:
