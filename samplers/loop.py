@@ -18,13 +18,16 @@ import torch
 
 from ..models.denoiser import Denoiser
 from ..models.paths import coefficient
-from .noise import STEP, normal
-from .plan import Plan, Row, Terms
+from .noise import STEP, check_ids, normal
+from .plan import HISTORY, Plan, Terms, X, joined
 from .table import Table
 
 
 class State(NamedTuple):
-    """Everything a sample carries between calls, batch first; ``row`` counts calls, one int or one a sample."""
+    """Everything a sample carries between calls, batch first; ``row`` counts calls, one int or one a sample.
+
+    Where the table has y = x both are one tensor: who changes it between two steps replaces both.
+    """
 
     x: torch.Tensor
     y: torch.Tensor
@@ -34,14 +37,14 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one call saw: the point ``y`` it was made at, the network's ``outputs``, and whether they are finite."""
+    """What one call saw: the point ``y`` it was made at, the network's ``outputs``, and x0 if a transform changed it."""
 
     row: int | torch.Tensor
     t: float | torch.Tensor
     y: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
     denoiser: Denoiser
-    finite: torch.Tensor
+    transformed: torch.Tensor | None = None
 
     @property
     def sigma(self) -> float | torch.Tensor:
@@ -50,7 +53,9 @@ class Info(NamedTuple):
 
     @property
     def x0(self) -> torch.Tensor:
-        """The estimate of x0 at this call, made from the outputs without calling again."""
+        """The estimate of x0 at this call, transformed if it was, made from the outputs without calling again."""
+        if self.transformed is not None:
+            return self.transformed
         scalars = self.denoiser.affine(self.t, "x0")
         if scalars is None:
             return self.outputs[0]
@@ -60,33 +65,49 @@ class Info(NamedTuple):
             answer = answer + coefficient(q, self.y) * output.to(self.y.dtype)
         return answer
 
+    @property
+    def finite(self) -> torch.Tensor:
+        """Whether all outputs are finite: a 0-d bool on the device, which nobody waits for here."""
+        return torch.isfinite(_total(self.outputs))
+
 
 def init(table: Table | Plan, noise: torch.Tensor, ids: torch.Tensor | None = None, lane: int | torch.Tensor = 0, seed: int = 0) -> State:
     """The opening state from standard normal ``noise`` (B, ...); the state is float32 unless the noise is float64."""
     table = table.table if isinstance(table, Plan) else table
+    if not isinstance(table, Table):
+        raise TypeError(f"table must be a Table or a Plan, e.g. ddim(d.path, times), got {type(table).__name__}")
     if not isinstance(noise, torch.Tensor) or not noise.is_floating_point() or noise.ndim < 2:
         got = f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, torch.Tensor) else type(noise).__name__
         raise ValueError(f"noise must be a floating-point tensor (batch, ...) of standard normals, got {got}")
     noise = noise if noise.dtype == torch.float64 else noise.float()
-    if ids is None:
-        ids = torch.arange(noise.shape[0], device=noise.device)
-    elif ids.shape != (noise.shape[0],):
-        raise ValueError(f"ids must have one entry a sample: shape ({noise.shape[0]},), got {tuple(ids.shape)}")
-    a, c = torch.as_tensor(table.a[0].copy()), torch.as_tensor(table.c[0].copy())
-    z = normal(seed, ids, noise.shape[1:], 0, STEP, noise.dtype) if (table.c[0] != 0).any() else None
+    batch, device = noise.shape[0], noise.device
+    ids = torch.arange(batch, device=device) if ids is None else check_ids(ids, batch).to(device)
+    lane = _check_lane(lane, table.lanes, batch)
+    a, c = torch.as_tensor(table.a[0].sum(-1)), torch.as_tensor(table.c[0].copy())  # both registers hold the noise
+    z = normal(seed, ids, noise.shape[1:], 0, STEP, noise.dtype) if c.any() else None
     registers = []
-    for out in (0, 1):
-        scale, fresh = a[:, out].sum(-1)[lane], c[:, out][lane]
-        value = noise * _per_sample(scale, noise)
-        registers.append(value if z is None else value + z * _per_sample(fresh, noise))
-    x, y = registers
-    if (table.a[0][:, 0].sum(-1) == table.a[0][:, 1].sum(-1)).all() and (table.c[0][:, 0] == table.c[0][:, 1]).all():
-        y = x
-    return State(x, y, (None,) * table.slots, 0, ids)
+    for out in (0,) if joined(table)[0] else (0, 1):
+        value = noise * _per_sample(a[:, out][lane], noise)
+        registers.append(value if z is None else value + z * _per_sample(c[:, out][lane], noise))
+    return State(registers[0], registers[-1], (None,) * table.slots, 0, ids)
 
 
 def _per_sample(value: torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
     return float(value) if value.ndim == 0 else coefficient(value.to(like.device), like)
+
+
+def _check_lane(lane: int | torch.Tensor, lanes: int, batch: int) -> int | torch.Tensor:
+    """An int or one a sample, on the CPU; else ``ValueError``."""
+    if isinstance(lane, torch.Tensor):
+        if lane.shape != (batch,) or lane.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"lane must be an int or integers of shape ({batch},), got {lane.dtype} of shape {tuple(lane.shape)}")
+        lane = lane.cpu()
+        if batch and not 0 <= int(lane.min()) <= int(lane.max()) < lanes:
+            raise ValueError(f"lane must lie in 0 .. {lanes - 1}, got {lane.tolist()}")
+        return lane
+    if isinstance(lane, bool) or not isinstance(lane, int) or not 0 <= lane < lanes:
+        raise ValueError(f"lane must be an int in 0 .. {lanes - 1}, or one a sample, got {lane!r}")
+    return lane
 
 
 def step(
@@ -103,104 +124,99 @@ def step(
     """One network call and the row that follows it.
 
     ``state.row`` and ``lane`` are ints, or tensors with one entry a sample. ``transform(x0, t)`` clips or otherwise
-    changes the estimate of x0 before it is stored. ``z`` replaces the row's own noise.
+    changes the estimate of x0 before it is stored. ``z`` replaces the row's own noise. Given a ``Table`` the plan is made
+    anew in every call: who steps by hand makes it once, ``plan = table.on(d, device)``.
     """
     plan = table if isinstance(table, Plan) else table.on(d, state.x.device)
     if isinstance(state.row, int) and isinstance(lane, int):
         if not 0 <= state.row < plan.table.calls:
             raise ValueError(f"the table has {plan.table.calls} calls and state.row is {state.row}: sampling is over, init() begins anew")
-        return _step_together(d, plan, state, dict(cond or {}), seed, lane, transform, z)
-    return _step_apart(d, plan, state, dict(cond or {}), seed, lane, transform, z)
+        return _step_together(d, plan, state, cond or {}, seed, lane, transform, z)
+    return _step_apart(d, plan, state, cond or {}, seed, lane, transform, z)
 
 
-def _combine(x: torch.Tensor, y: torch.Tensor, d: tuple, z: torch.Tensor | None, terms: Terms) -> torch.Tensor:
-    """a_x x + a_y y + sum b_j d_j + c z, as few axpys as there are coefficients."""
-    a_x, a_y, history, c = terms
-    pairs: list[tuple[Any, float]] = []
-    if a_x:
-        pairs.append((x, a_x))
-    if a_y:
-        pairs.append((y, a_y))
-    pairs += [(d[slot], b) for slot, b in history]
-    if c:
-        pairs.append((z, c))
-    if not pairs:
-        return torch.zeros_like(x)
-    out = torch.mul(*pairs[0])
-    for tensor, factor in pairs[1:]:
-        out.add_(tensor, alpha=factor)
+def _call(d: Denoiser, plan: Plan, state: State, row, t, cond: Mapping, transform) -> tuple[Info, tuple[torch.Tensor, ...]]:
+    """The network's answer, and what the row's weights are for: its outputs, or an x0 of ours."""
+    outputs = d.raw(state.y, t, **cond) if plan.affine else (d(state.y, t, **cond),)
+    for output in outputs:
+        if output.shape != state.y.shape:
+            raise ValueError(f"the network answered shape {tuple(output.shape)} to an input of shape {tuple(state.y.shape)}")
+    info = Info(row, t, state.y, outputs, d)
+    if transform is None:
+        return info, outputs
+    x0 = transform(info.x0, t)
+    if x0.shape != state.y.shape:
+        raise ValueError(f"transform answered shape {tuple(x0.shape)} to an x0 of shape {tuple(state.y.shape)}")
+    return info._replace(transformed=x0), (x0,)
+
+
+def _step_together(d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane: int, transform, z) -> tuple[State, Info]:
+    x, y, history, index, ids = state
+    row = plan.row(index, lane, transform is not None)
+    info, outputs = _call(d, plan, state, index, row.t, cond, transform)
+    if z is None and row.draws:
+        z = normal(seed, ids, x.shape[1:], index + 1, STEP, x.dtype)
+    sources = [x, y, z, *history, *outputs]
+    if row.slot is not None:
+        sources[HISTORY + row.slot] = _combine(sources, row.new)
+        history = tuple(sources[HISTORY : HISTORY + len(history)])
+    x = _combine(sources, row.x)
+    y = x if row.y is None else _combine(sources, row.y)
+    return State(x, y, history, index + 1, ids), info
+
+
+def _combine(sources: list, terms: Terms) -> torch.Tensor:
+    """The weighted sum in the state's precision: one multiplication, then an axpy a term."""
+    like = sources[X]
+    if not terms:
+        return torch.zeros_like(like)
+    source, weight = terms[0]
+    out = sources[source]
+    if out.dtype != like.dtype:
+        out = out.to(like.dtype)
+    if len(terms) == 1 and weight == 1.0:
+        return out
+    out = torch.mul(out, weight)
+    for source, weight in terms[1:]:
+        out.add_(sources[source], alpha=weight)
     return out
 
 
-def _stored(row: Row, y: torch.Tensor, outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """form = P y + sum Q_i F_i in the state's precision."""
-    if row.p == 0.0 and len(outputs) == 1 and row.q[0] == 1.0:
-        return outputs[0].to(y.dtype)
-    out = torch.mul(outputs[0].to(y.dtype), row.q[0])
-    for output, q in zip(outputs[1:], row.q[1:], strict=True):
-        out.add_(output, alpha=q)
-    return out.add_(y, alpha=row.p) if row.p else out
-
-
-def _outputs(d: Denoiser, plan: Plan, y: torch.Tensor, t: float | torch.Tensor, cond: dict, transform) -> tuple[torch.Tensor, ...]:
-    if plan.affine and transform is None:
-        outputs = d.raw(y, t, **cond)
-    else:
-        x0 = d(y, t, **cond)
-        outputs = (x0 if transform is None else transform(x0, t),)
-    for output in outputs:
-        if output.shape != y.shape:
-            raise ValueError(f"the network answered shape {tuple(output.shape)} to an input of shape {tuple(y.shape)}")
-    return outputs
-
-
-def _finite(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """A 0-d bool on the device: nobody waits for it here."""
-    total = outputs[0].detach().sum(dtype=torch.float32)
-    for output in outputs[1:]:
-        total = total + output.detach().sum(dtype=torch.float32)
-    return torch.isfinite(total)
-
-
-def _step_together(d: Denoiser, plan: Plan, state: State, cond: dict, seed: int, lane: int, transform, z) -> tuple[State, Info]:
-    index = int(state.row)
-    row = plan.row(index, lane, from_x0=transform is not None)
-    outputs = _outputs(d, plan, state.y, row.t, cond, transform)
-    history = list(state.d)
-    history[row.slot] = _stored(row, state.y, outputs)
-    if z is None and (row.x[3] or (row.y is not None and row.y[3])):
-        z = normal(seed, state.ids, state.x.shape[1:], index + 1, STEP, state.x.dtype)
-    stored = tuple(history)
-    x = _combine(state.x, state.y, stored, z, row.x)
-    y = x if row.y is None else _combine(state.x, state.y, stored, z, row.y)
-    info = Info(index, row.t, state.y, outputs, d, _finite(outputs))
-    return State(x, y, stored, index + 1, state.ids), info
-
-
-def _step_apart(d: Denoiser, plan: Plan, state: State, cond: dict, seed: int, lane, transform, z) -> tuple[State, Info]:
-    """Samples at rows (and lanes) of their own: coefficients are gathered, slots are chosen by mask."""
+def _step_apart(d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane, transform, z) -> tuple[State, Info]:
+    """Samples at rows (and lanes) of their own: the same sums in the same order, every weight one a sample."""
     batch, device, dtype = state.x.shape[0], state.x.device, state.x.dtype
     index = torch.as_tensor(state.row, device=device).expand(batch)
-    lanes = torch.as_tensor(lane, device=device).expand(batch)
-    g = plan.gather(index, lanes, dtype, from_x0=transform is not None)
-    outputs = _outputs(d, plan, state.y, g.t, cond, transform)
-    new = coefficient(g.p, state.y) * state.y
-    for q, output in zip(g.q, outputs, strict=True):
-        new = new + coefficient(q, state.y) * output.to(dtype)
-    history = []
-    for slot, old in enumerate(state.d):
-        here = (g.slot == slot).reshape(-1, *(1,) * (state.x.ndim - 1))
-        history.append(torch.where(here, new, torch.zeros_like(new) if old is None else old))
-    if z is None and plan.table.stochastic:
+    row = plan.gather(index, torch.as_tensor(lane, device=device).expand(batch), dtype, transform is not None)
+    info, outputs = _call(d, plan, state, index, row.t, cond, transform)
+    if z is None and plan.draws:
         z = normal(seed, state.ids, state.x.shape[1:], index + 1, STEP, dtype)
-    registers = []
-    for out in (0, 1):
-        value = coefficient(g.a[:, out, 0], new) * state.x + coefficient(g.a[:, out, 1], new) * state.y
-        for slot, stored in enumerate(history):
-            value = value + coefficient(g.b[:, out, slot], new) * stored
-        registers.append(value if z is None else value + coefficient(g.c[:, out], new) * z)
-    info = Info(index, g.t, state.y, outputs, d, _finite(outputs))
-    return State(registers[0], registers[1], tuple(history), index + 1, state.ids), info
+    sources = [state.x, state.y, z, *state.d, *outputs]
+    if plan.kept.any():
+        new = _combine_apart(sources, row.new)
+        for slot, old in enumerate(state.d):
+            here = coefficient(row.slot == slot, new).bool()
+            sources[HISTORY + slot] = torch.where(here, new, torch.zeros_like(new) if old is None else old)
+    x = _combine_apart(sources, row.x)
+    y = x if row.y is None else _combine_apart(sources, row.y)
+    return State(x, y, tuple(sources[HISTORY : HISTORY + len(state.d)]), index + 1, state.ids), info
+
+
+def _combine_apart(sources: list, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted sum with weights (B, sources). ``addcmul`` rounds as an axpy does, so the bits are those of ``_combine``."""
+    like, out = sources[X], None
+    for source, weight in zip(sources, weights.unbind(1), strict=True):
+        if source is not None:
+            source, weight = source.to(like.dtype), coefficient(weight, like)
+            out = source * weight if out is None else torch.addcmul(out, source, weight)
+    return out
+
+
+def _total(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sum of all elements, 0-d: finite if and only if they are."""
+    total = outputs[0].detach().sum(dtype=None if outputs[0].dtype == torch.float64 else torch.float32)
+    for output in outputs[1:]:
+        total = total + output.detach().sum(dtype=total.dtype)
+    return total
 
 
 def take(state: State, index: torch.Tensor, ids: torch.Tensor | None = None) -> State:
@@ -237,27 +253,30 @@ def sample(
         grad: through which calls gradients flow.
         check: when a non-finite network output is reported: at the end (one wait on a GPU), at once, or never.
     """
+    if not isinstance(d, Denoiser):
+        raise TypeError(f"d must be a Denoiser, e.g. load('digits') or Denoiser(call, path), got {type(d).__name__}")
     if grad not in ("none", "last", "all"):
         raise ValueError(f"grad must be 'none', 'last' or 'all', got {grad!r}")
     if check not in ("end", "each", "off"):
         raise ValueError(f"check must be 'end', 'each' or 'off', got {check!r}")
     if d.shape is not None and isinstance(noise, torch.Tensor) and tuple(noise.shape[1:]) != d.shape:
         raise ValueError(f"noise must have shape (batch, {', '.join(map(str, d.shape))}) for this model, got {tuple(noise.shape)}")
-    plan = table if isinstance(table, Plan) else table.on(d, noise.device if isinstance(noise, torch.Tensor) else "cpu")
-    state = init(plan, noise, ids, lane, seed)
+    with torch.set_grad_enabled(grad == "all"):
+        state = init(table, noise, ids, lane, seed)
+    plan = table if isinstance(table, Plan) else table.on(d, noise.device)
     calls = plan.table.calls
-    finite = []
+    totals = []
     for index in _bar(calls, progress):
         with torch.set_grad_enabled(grad == "all" or (grad == "last" and index == calls - 1)):
             state, info = step(d, plan, state, cond=cond, seed=seed, lane=lane, transform=transform)
         if check == "each":
-            _raise_unless_finite([info.finite], plan, index)
+            _raise_unless_finite([_total(info.outputs)], plan, index, lane)
         elif check == "end":
-            finite.append(info.finite)
+            totals.append(_total(info.outputs))
         if callback is not None:
             callback(info)
-    if finite:
-        _raise_unless_finite(finite, plan, 0)
+    if totals:
+        _raise_unless_finite(totals, plan, 0, lane)
     return state.x
 
 
@@ -269,10 +288,11 @@ def _bar(calls: int, progress: bool):
     return tqdm(range(calls), desc="sampling", unit="call")
 
 
-def _raise_unless_finite(finite: list[torch.Tensor], plan: Plan, first: int) -> None:
-    flags = torch.stack(finite)
-    if bool(flags.all()):
+def _raise_unless_finite(totals: list[torch.Tensor], plan: Plan, first: int, lane: int | torch.Tensor) -> None:
+    finite = torch.isfinite(torch.stack(totals))
+    if bool(finite.all()):
         return
-    row = first + int((~flags).float().argmax())
-    t, sigma = plan.table.t[row, 0], plan.table.sigma[row, 0]
+    row = first + int((~finite).float().argmax())
+    lane = lane if isinstance(lane, int) else int(lane[0])
+    t, sigma = plan.table.t[row, lane], plan.table.sigma[row, lane]
     raise ValueError(f"the network's output is not finite at step {row} of {plan.table.calls}, t = {t:g}, sigma = {sigma:g}")

@@ -12,6 +12,7 @@ process. Four normals come from one draw, by Box-Muller from 23-bit uniforms: |z
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -32,11 +33,25 @@ def philox(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int, tor
     return c0, c1, c2, c3
 
 
+def _check_seed(seed: int) -> int:
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= operator.index(seed) < 2**64:
+        raise ValueError(f"seed must be an int in 0 .. 2^64 - 1, got {seed!r}")
+    return operator.index(seed)
+
+
+def check_ids(ids: torch.Tensor, batch: int) -> torch.Tensor:
+    """Sample ids as int64 of shape (batch,), each below 2^32; else ``ValueError``."""
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.shape != (batch,):
+        got = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ValueError(f"ids must be an integer tensor with one entry a sample, shape ({batch},), got {got}")
+    if batch and not 0 <= int(ids.min()) <= int(ids.max()) < 2**32:
+        raise ValueError(f"ids must lie in 0 .. 2^32 - 1, got {int(ids.min())} .. {int(ids.max())}")
+    return ids.long()
+
+
 def words(seed: int, ids: torch.Tensor, groups: int, row: int | torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
     """Four random 32-bit words for each of (B, groups); ``row`` is an int or one a sample."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an int in 0 .. 2^64 - 1, got {seed!r}")
-    ids = ids.to(torch.int64).reshape(-1, 1)
+    seed, ids = _check_seed(seed), ids.to(torch.int64).reshape(-1, 1)
     element = torch.arange(groups, dtype=torch.int64, device=ids.device).reshape(1, -1)
     row = row.to(torch.int64).reshape(-1, 1) if isinstance(row, torch.Tensor) else torch.full_like(ids, int(row))
     counter = (element, row, torch.full_like(ids, int(stream)), torch.full_like(ids, seed >> 32))
@@ -70,6 +85,5 @@ def starting_noise(seed: int, ids: torch.Tensor | int, shape: Sequence[int], dty
     >>> starting_noise(0, 4, (1, 8, 8)).shape
     torch.Size([4, 1, 8, 8])
     """
-    if isinstance(ids, int):
-        ids = torch.arange(ids)
+    ids = torch.arange(ids) if isinstance(ids, int) else check_ids(ids, len(ids))
     return normal(seed, ids, shape, stream=START, dtype=dtype)

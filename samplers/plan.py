@@ -1,7 +1,9 @@
-"""A table joined to a denoiser: the scalars of every row, with the network's conversion folded in, made once.
+"""A table joined to a denoiser: the network's conversion folded into every row's coefficients, made once.
 
-For a batch that walks in step the scalars are Python floats and a row is a handful of axpys. Where samples differ in row
-or lane they are gathered, one set a sample, from float32 (float64) tensors on the device.
+A row is three weighted sums over one list of tensors, the *sources* (x, y, z, history .., network outputs ..): what is
+stored, x' and y'. Where a stored output is never read after its own row, nothing is stored and x', y' are made of the
+network's outputs directly. For a batch that walks in step the weights are Python floats and a row is a handful of axpys;
+where samples differ in row or lane the same weights are gathered, one set a sample, from tensors on the device.
 """
 
 from __future__ import annotations
@@ -16,58 +18,91 @@ from ..models.denoiser import Denoiser, convert
 if TYPE_CHECKING:
     from .table import Table
 
-Terms = tuple[float, float, tuple[tuple[int, float], ...], float]  # a_x, a_y, ((slot, b) ..), c
+X, Y, Z, HISTORY = 0, 1, 2, 3  # where each source stands; the network's outputs follow the history
+Terms = tuple[tuple[int, float], ...]  # (source, weight) ..
 
 
 class Row(NamedTuple):
-    """One network call and what follows it, for a whole batch. ``y`` is None where y' = x'."""
+    """One network call and what follows it, for a whole batch: ``new`` goes into ``slot`` (None: nowhere); ``y`` is None
+    where y' = x'."""
 
     t: float
-    sigma: float
-    p: float
-    q: tuple[float, ...]
-    slot: int
+    draws: bool
+    slot: int | None
+    new: Terms
     x: Terms
     y: Terms | None
 
 
 class Gathered(NamedTuple):
-    """The same, one set a sample: t, p (B,), q (m, B), slot (B,), a (B, 2, 2), b (B, 2, K), c (B, 2)."""
+    """The same, one set a sample: t and slot (B,), the weights (B, sources); ``y`` is None where y' = x' in every row."""
 
     t: torch.Tensor
-    p: torch.Tensor
-    q: torch.Tensor
     slot: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
-    c: torch.Tensor
+    new: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor | None
+
+
+class Weights(NamedTuple):
+    """Of every row, (R, L, sources) each."""
+
+    new: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
 
 
 class Plan:
-    """``table.on(d, device)``. ``affine`` says whether the network's own outputs are used or d(x, t)."""
+    """``table.on(d, device)``. ``affine`` says whether the network's own outputs are used or d(x, t); ``outputs`` how many
+    they are; ``joined[r]`` that rows r = 0 .. R leave y' = x'; ``kept[r]`` that what call r stores is read later."""
 
     def __init__(self, table: Table, d: Denoiser, device: torch.device):
-        self.table, self.d, self.device = table, d, device
+        self.table, self.path, self.device = table, d.path, device
         self.affine = d.affine(float(table.t[0, 0]), "x0") is not None
+        _check_path(table, d)
+        self.joined, self.kept, self.draws = joined(table), _kept(table), bool(table.c[1:].any())
+        p, q = self._conversion(d if self.affine else None)
+        self.outputs = q.shape[-1]
+        self._weights = {not self.affine: self._folded(p, q)}
         self._rows: dict[tuple[int, int, bool], Row] = {}
-        self._tensors: dict[tuple[torch.dtype, bool], tuple[torch.Tensor, ...]] = {}
-        self._scalars = {False: self._conversion(self.affine)}
+        self._tensors: dict[tuple[torch.dtype, bool], Gathered] = {}
 
-    def _conversion(self, affine: bool) -> tuple[np.ndarray, np.ndarray]:
-        """P (R, L) and Q (R, L, m) of every row's stored form, or ``ValueError`` where the form cannot be had."""
-        table, path = self.table, self.d.path
-        alpha, sigma = path.alpha(table.t.copy()), path.sigma(table.t.copy())
-        if not (np.allclose(alpha, table.alpha, atol=1e-6) and np.allclose(sigma, table.sigma, rtol=1e-6, atol=1e-6)):
-            raise ValueError(f"the table was made for path {table.path.get('path')!r}, and the denoiser's path "
-                             f"{path.name!r} has other alpha and sigma at its times: build it on denoiser.path")  # fmt: skip
+    def row(self, index: int, lane: int = 0, from_x0: bool = False) -> Row:
+        """Call ``index`` (from 0) and what follows it; ``from_x0``: made from an estimate of x0, not from the outputs."""
+        key = (index, lane, from_x0)
+        if key not in self._rows:
+            new, x, y = (_nonzero(w[index, lane]) for w in self.weights(from_x0))
+            draws = any(source == Z for source, _ in (*x, *y))
+            slot = int(self.table.slot[index]) if self.kept[index] else None
+            self._rows[key] = Row(float(self.table.t[index, lane]), draws, slot, new, x, None if self.joined[index + 1] else y)
+        return self._rows[key]
+
+    def gather(self, index: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype, from_x0: bool = False) -> Gathered:
+        """Calls ``index`` (B,) in lanes ``lane`` (B,), as tensors."""
+        if (dtype, from_x0) not in self._tensors:
+            new, x, y = (torch.as_tensor(w).to(self.device, dtype) for w in self.weights(from_x0))
+            # t stays float64: it is rounded by whoever knows what the network wants
+            t, slot = (torch.as_tensor(array.copy()).to(self.device) for array in (self.table.t, self.table.slot))
+            self._tensors[dtype, from_x0] = Gathered(t, slot, new, x, None if self.joined.all() else y)
+        t, slot, new, x, y = self._tensors[dtype, from_x0]
+        return Gathered(t[index, lane], slot[index], new[index, lane], x[index, lane], None if y is None else y[index, lane])
+
+    def weights(self, from_x0: bool) -> Weights:
+        """The weights of every row, in float64."""
+        if from_x0 not in self._weights:
+            self._weights[from_x0] = self._folded(*self._conversion(None))
+        return self._weights[from_x0]
+
+    def _conversion(self, d: Denoiser | None) -> tuple[np.ndarray, np.ndarray]:
+        """P (R, L) and Q (R, L, m) with  form = P y + sum Q_i F_i  in every row; without ``d``, F is an estimate of x0."""
+        table = self.table
         p, q = [], []
         for row, form in enumerate(table.form):
-            for lane in range(table.lanes):
-                t = float(table.t[row, lane])
-                if affine:
-                    one_p, one_q = self.d.affine(t, form)  # type: ignore[misc, arg-type]
+            for lane, t in enumerate(table.t[row].tolist()):
+                if d is not None:
+                    one_p, one_q = d.affine(t, form)  # type: ignore[misc, arg-type]
                 else:
-                    one_p, single = convert(path, t, "x0", "flow" if form == "v" else form)
+                    one_p, single = convert(self.path, t, "x0", "flow" if form == "v" else form)
                     one_q = (single,)
                 if not np.isfinite([one_p, *one_q]).all():
                     raise ValueError(f"row {row} of {table.solver} wants {form} at t = {t:g}, where alpha = "
@@ -78,48 +113,49 @@ class Plan:
         shape = (table.calls, table.lanes)
         return np.array(p, dtype=np.float64).reshape(shape), np.array(q, dtype=np.float64).reshape(*shape, -1)
 
-    def _terms(self, row: int, lane: int) -> tuple[Terms, Terms | None]:
-        a, b, c = (getattr(self.table, name)[row, lane] for name in "abc")
+    def _folded(self, p: np.ndarray, q: np.ndarray) -> Weights:
+        """The table's coefficients as weights over the sources, with P and Q multiplied in."""
+        table, calls, output = self.table, self.table.calls, HISTORY + self.table.slots
+        new, x, y = (np.zeros((calls, table.lanes, output + q.shape[-1])) for _ in range(3))
+        new[..., Y], new[..., output:] = p, q
+        for out, weights in enumerate((x, y)):
+            weights[..., : HISTORY - 1], weights[..., Z] = table.a[1:, :, out], table.c[1:, :, out]
+            weights[..., HISTORY:output] = table.b[1:, :, out]
+            for row in np.flatnonzero(~self.kept):
+                once = weights[row, :, HISTORY + table.slot[row]].copy()
+                weights[row, :, HISTORY + table.slot[row]] = 0.0
+                weights[row] += once[:, None] * new[row]
+        for weights in (new, x, y):  # where y is x, one tensor is read instead of two
+            weights[self.joined[:-1], :, X] += weights[self.joined[:-1], :, Y]
+            weights[self.joined[:-1], :, Y] = 0.0
+        return Weights(new, x, y)
 
-        def register(k: int) -> Terms:
-            used = tuple((int(j), float(b[k, j])) for j in np.flatnonzero(b[k]))
-            return float(a[k, 0]), float(a[k, 1]), used, float(c[k])
 
-        x, y = register(0), register(1)
-        return x, None if x == y else y
+def joined(table: Table) -> np.ndarray:
+    """(R + 1,) bools: the rows that leave one and the same tensor in both registers."""
+    a, b, c = table.a, table.b, table.c
+    opening = (a[:1, :, 0].sum(-1) == a[:1, :, 1].sum(-1)).all(-1)  # both registers held the noise
+    later = (a[1:, :, 0] == a[1:, :, 1]).all((1, 2)) & (b[1:, :, 0] == b[1:, :, 1]).all((1, 2))
+    return np.concatenate([opening, later]) & (c[:, :, 0] == c[:, :, 1]).all(1)
 
-    def scalars(self, from_x0: bool) -> tuple[np.ndarray, np.ndarray]:
-        """The conversion from the network's outputs, or from an x0 that was changed on its way (``from_x0``)."""
-        if from_x0 not in self._scalars:
-            self._scalars[from_x0] = self._conversion(affine=False)
-        return self._scalars[from_x0]
 
-    def row(self, index: int, lane: int = 0, from_x0: bool = False) -> Row:
-        """Call ``index`` (from 0) and what follows it, as Python floats."""
-        key = (index, lane, from_x0)
-        if key not in self._rows:
-            t, sigma = float(self.table.t[index, lane]), float(self.table.sigma[index, lane])
-            all_p, all_q = self.scalars(from_x0)
-            p, q = float(all_p[index, lane]), tuple(all_q[index, lane].tolist())
-            self._rows[key] = Row(t, sigma, p, q, int(self.table.slot[index]), *self._terms(index + 1, lane))
-        return self._rows[key]
+def _kept(table: Table) -> np.ndarray:
+    """(R,) bools: whether what call r stores is read after its own row, before its slot is written again."""
+    read = (table.b != 0).any(axis=(1, 2))  # (R + 1, K)
+    kept = []
+    for call, slot in enumerate(table.slot):
+        again = np.flatnonzero(table.slot[call + 1 :] == slot)
+        until = call + 1 + again[0] if len(again) else table.calls
+        kept.append(read[call + 2 : until + 1, slot].any())
+    return np.array(kept, dtype=bool)
 
-    def gather(self, index: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype, from_x0: bool = False) -> Gathered:
-        """Calls ``index`` (B,) in lanes ``lane`` (B,), as tensors."""
-        t, p, q, slot, a, b, c = self._uploaded(dtype, from_x0)
-        after = index + 1
-        return Gathered(t[index, lane], p[index, lane], q[index, lane].T, slot[index], a[after, lane], b[after, lane], c[after, lane])
 
-    def _uploaded(self, dtype: torch.dtype, from_x0: bool) -> tuple[torch.Tensor, ...]:
-        if (dtype, from_x0) not in self._tensors:
-            table = self.table
+def _nonzero(weights: np.ndarray) -> Terms:
+    return tuple((int(source), float(weights[source])) for source in np.flatnonzero(weights))
 
-            def put(array: np.ndarray, to: torch.dtype | None = None) -> torch.Tensor:
-                return torch.as_tensor(np.array(array)).to(device=self.device, dtype=to)
 
-            p, q = self.scalars(from_x0)
-            # t stays float64: it is rounded by whoever knows what the network wants
-            self._tensors[dtype, from_x0] = (
-                put(table.t), put(p, dtype), put(q, dtype), put(table.slot), put(table.a, dtype), put(table.b, dtype), put(table.c, dtype),
-            )  # fmt: skip
-        return self._tensors[dtype, from_x0]
+def _check_path(table: Table, d: Denoiser) -> None:
+    alpha, sigma = d.path.alpha(table.t.copy()), d.path.sigma(table.t.copy())
+    if not (np.allclose(alpha, table.alpha, atol=1e-6) and np.allclose(sigma, table.sigma, rtol=1e-6, atol=1e-6)):
+        raise ValueError(f"the table was made for path {table.path.get('path')!r}, and the denoiser's path "
+                         f"{d.path.name!r} has other alpha and sigma at its times: build it on denoiser.path")  # fmt: skip
