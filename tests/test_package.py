@@ -1,4 +1,4 @@
-"""What setup.cfg says is shipped is what the tree holds: a forgotten folder works in a clone and fails once installed."""
+"""What setup.cfg ships is what the tree holds: a forgotten folder works in a clone and fails once installed."""
 
 from __future__ import annotations
 
