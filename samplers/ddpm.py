@@ -2,8 +2,8 @@
 
 The mean is that of the exact reverse step given x0, q(x_n | x_s, x0), in both:
 
-    small:  c = sigma_n sqrt(1 - (alpha_s sigma_n / alpha_n sigma_s)^2)         its own variance; the row is DDIM at eta = 1
-    large:  c = sqrt(sigma_s^2 - (alpha_s/alpha_n)^2 sigma_n^2)                 the forward step's, beta on a VP path
+    small:  c = sigma_n sqrt(1 - (alpha_s sigma_n / alpha_n sigma_s)^2)      its own variance: DDIM at eta = 1
+    large:  c = sqrt(sigma_s^2 - (alpha_s/alpha_n)^2 sigma_n^2)              the forward step's: beta on a VP path
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .table import Table
 def ddpm(path, times, variance: str = "small") -> Table:
     """Ancestral sampling, ``variance="small"`` or ``"large"``.
 
-    Small keeps a point mass exactly on its marginals. Large is wider than them on purpose (right for unit-variance data in
-    the limit of small steps); like small it draws no noise on a last step to sigma = 0.
+    Small keeps a point mass exactly on its marginals. Large is wider than them on purpose: it is right for data of
+    unit variance. Neither draws noise on a last step to sigma = 0.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids

@@ -1,7 +1,7 @@
 """Single-step DPM-Solver 2S and 3S (2206.00927, eps-form) and DPM-Solver++ 2S and 3S (2211.01095, x0-form).
 
-Stages stand at lam_s + r h, h = lam_n - lam_s. 2S takes r = 1/2 and weighs its second output alone; 3S takes r = 1/3 and
-2/3, and each of its two last lines is the exact step over the line through d_s and the newest d.
+Stages stand at lam_s + r h, h = lam_n - lam_s. 2S takes r = 1/2 and weighs its second output alone; 3S takes
+r = 1/3 and 2/3, and each of its two last lines is the exact step over the line through d_s and the newest d.
 """
 
 from __future__ import annotations
@@ -46,17 +46,21 @@ def fast_orders(calls: int) -> list[int]:
     return [3] * ((calls - sum(tail)) // 3) + tail
 
 
-@solver(paper="2206.00927, 2211.01095", calls="order", order=lambda o: o["order"] if isinstance(o["order"], int) else min(o["order"][:-1] or o["order"]))
+@solver(
+    paper="2206.00927, 2211.01095",
+    calls="order",
+    order=lambda o: o["order"] if isinstance(o["order"], int) else min(o["order"][:-1] or o["order"]),
+)
 def dpm_single(path, times, order: int | Sequence[int] = 2, form: str = "x0") -> Table:
     """DPM-Solver++ 2S and 3S (``form="x0"``) or DPM-Solver 2S and 3S ("eps"); a last step to sigma = 0 is first order.
 
-    ``order`` is one for all steps or one a step: with ``order=fast_orders(calls)`` and that many steps, a budget is spent
-    to the last call.
+    ``order`` is one for all steps or one a step: with ``order=fast_orders(calls)`` and that many steps, a budget is
+    spent to the last call.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids
-    >>> path = paths.vp_linear()
-    >>> dpm_single(path, grids.logsnr(path, 4), order=3).calls, dpm_single(path, grids.logsnr(path, 4), order=fast_orders(9)).calls
+    >>> path = paths.vp_linear(); times = grids.logsnr(path, 4)
+    >>> dpm_single(path, times, order=3).calls, dpm_single(path, times, order=fast_orders(9)).calls
     (10, 9)
     """
     check_choice("form", form, ("eps", "x0"))

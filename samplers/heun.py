@@ -1,7 +1,8 @@
 """Heun's second-order method, with EDM's churn (2206.00364, algorithm 2), on any path through x / alpha.
 
-Churn first raises the noise, rho_hat = rho_s (1 + gamma), gamma = min(s_churn / N, sqrt 2 - 1) while s_min <= rho_s <= s_max:
+Churn first raises the noise, where s_min <= rho_s <= s_max,
 
+    rho_hat = rho_s (1 + gamma),      gamma = min(s_churn / N, sqrt 2 - 1)
     x_hat = (alpha_hat/alpha_s) x + alpha_hat s_noise sqrt(rho_hat^2 - rho_s^2) z
 
 then x_n = x_hat + (rho_n - rho_hat) (d_hat + d_n) / 2 for x / alpha, and Euler where rho_n = 0: 2 N - 1 calls.
@@ -18,7 +19,9 @@ from .rk import TABLEAUS, check_form, rk_step
 from .table import Table
 
 
-def churned(p: Program, x: Value, s: np.ndarray, gamma: np.ndarray, s_noise: float) -> tuple[Value, np.ndarray]:
+def churned(
+    p: Program, x: Value, s: np.ndarray, gamma: np.ndarray, s_noise: float
+) -> tuple[Value, np.ndarray]:
     """x with its noise raised from rho to (1 + gamma) rho, and the time it then is at; never above the path's t_max."""
     rho = p.path.rho(s)
     with np.errstate(invalid="ignore"):
@@ -29,15 +32,25 @@ def churned(p: Program, x: Value, s: np.ndarray, gamma: np.ndarray, s_noise: flo
     t = np.where(gamma > 0, p.path.time_of_rho(raised), s)
     alpha = p.path.alpha(t)
     shrink = np.where(gamma > 0, alpha / np.where(gamma > 0, p.path.alpha(s), 1.0), 1.0)
-    fresh = np.where(gamma > 0, alpha * np.sqrt(np.where(gamma > 0, raised, 0.0) ** 2 - np.where(gamma > 0, rho, 0.0) ** 2), 0.0)
+    fresh = np.where(
+        gamma > 0,
+        alpha * np.sqrt(np.where(gamma > 0, raised, 0.0) ** 2 - np.where(gamma > 0, rho, 0.0) ** 2),
+        0.0,
+    )
     return shrink * x + (s_noise * fresh) * p.noise(), t
 
 
 @solver(paper="2206.00364", calls="2", order=2)
 def heun(
-    path, times, form: str = "eps", s_churn: float = 0.0, s_min: float = 0.0, s_max: float = math.inf, s_noise: float = 1.0
+    path,
+    times,
+    form: str = "eps",
+    s_churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Table:
-    """EDM's Heun, deterministic or with churn (``s_churn``, between rho = ``s_min`` and ``s_max``); ``form="v"``: the flow's.
+    """EDM's Heun, deterministic or with churn (``s_churn``, while ``s_min <= rho <= s_max``); "v": the flow's.
 
     ``s_noise`` other than 1 makes the marginals a little too wide (or narrow) on purpose. No churn leads above t_max.
 

@@ -33,7 +33,9 @@ def chain(first: Table, second: Table, a: np.ndarray, c: np.ndarray) -> Table:
     last_c = np.hypot(a[:, None] * first.c[-1], c[:, None])
     fields = {
         "a": np.concatenate([first.a[:-1], [a.reshape(*shape, 1) * first.a[-1]], second.a[1:]]),
-        "b": np.concatenate([widened(first.b[:-1]), widened(a.reshape(*shape, 1) * first.b[-1:]), widened(second.b[1:])]),
+        "b": np.concatenate(
+            [widened(first.b[:-1]), widened(a.reshape(*shape, 1) * first.b[-1:]), widened(second.b[1:])]
+        ),
         "c": np.concatenate([first.c[:-1], [last_c], second.c[1:]]),
     }
     for name in ("t", "alpha", "sigma", "slot"):
@@ -42,10 +44,16 @@ def chain(first: Table, second: Table, a: np.ndarray, c: np.ndarray) -> Table:
 
 
 @solver(paper="2306.14878", calls="2", order=0)
-def restart(path, times, intervals: Sequence[Sequence[float]] = ((0.06, 0.3, 2, 3),), base: Callable[..., Table] = heun) -> Table:
-    """``base`` on the grid, with intervals (rho_low, rho_high, repeats, steps) walked again on Karras grids of ``steps`` steps.
+def restart(
+    path,
+    times,
+    intervals: Sequence[Sequence[float]] = ((0.06, 0.3, 2, 3),),
+    base: Callable[..., Table] = heun,
+) -> Table:
+    """``base`` on the grid, and again through intervals (rho_low, rho_high, repeats, steps).
 
-    rho_low moves to the nearest point of the grid. The intervals' own steps do not shrink with the grid, hence no order.
+    An interval is walked on a Karras grid of ``steps`` steps; rho_low moves to the nearest point of the main grid.
+    These steps do not shrink as the main grid is refined, hence no order of convergence.
 
     >>> from fewstep.models import paths
     >>> path = paths.edm()
@@ -67,8 +75,10 @@ def restart(path, times, intervals: Sequence[Sequence[float]] = ((0.06, 0.3, 2, 
         check_order("steps", steps, 1, 1000)
         at = 1 + int(np.argmin(np.abs(np.log(np.array(inner) / low)))) if low > 0 else 0
         if not (0 < low < high <= path.rho(path.t_max) and high > inner[at - 1]):
-            raise ValueError(f"an interval must have 0 < rho_low < rho_high <= {path.rho(path.t_max):g} on this path with a "
-                             f"point of the grid below rho_high, got rho_low = {low}, rho_high = {high}")  # fmt: skip
+            raise ValueError(
+                f"an interval must have 0 < rho_low < rho_high <= {path.rho(path.t_max):g} on this path, and the grid's "
+                f"point nearest to rho_low must lie below rho_high; got rho_low = {low}, rho_high = {high}"
+            )
         wanted.setdefault(at, []).append((high, int(repeats), int(steps)))
     table, begin = None, 0
     for at in [*sorted(wanted), len(times) - 1]:
@@ -86,4 +96,6 @@ def restart(path, times, intervals: Sequence[Sequence[float]] = ((0.06, 0.3, 2, 
 def _carry(path, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
     """What raises the noise from time low to high: the factor on x and the scale of the fresh normal."""
     a = path.alpha(float(high)) / path.alpha(float(low))
-    return np.array([a]), np.array([np.sqrt(max(path.sigma(float(high)) ** 2 - (a * path.sigma(float(low))) ** 2, 0.0))])
+    return np.array([a]), np.array(
+        [np.sqrt(max(path.sigma(float(high)) ** 2 - (a * path.sigma(float(low))) ** 2, 0.0))]
+    )
