@@ -156,7 +156,7 @@ def vp(
 
     >>> from fewstep.models import paths
     >>> vp(paths.flow(), 3).round(3).tolist()
-    [1.0, 0.864, 0.477, 0.0]
+    [1.0, 0.814, 0.408, 0.0]
     """
     _positive("exponent", exponent)
 
