@@ -6,18 +6,25 @@ from .ddim import ddim
 from .ddpm import ddpm
 from .deis import deis
 from .dpm_single import dpm_single, fast_orders
-from .dpmpp import dpmpp
+from .dpmpp import dpm, dpmpp
+from .ersde import ersde
 from .euler import euler
 from .heun import heun
+from .ipndm import ipndm, ipndm_v
 from .loop import Info, State, init, sample, step, take
 from .multistep import multistep
 from .noise import starting_noise
+from .pndm import pndm
 from .program import Program
 from .restart import restart
 from .rk import rk
+from .sa import sa
+from .sde_dpmpp import sde_dpmpp
 from .table import Table
+from .unipc import unipc
 
 __all__ = [
-    "Info", "Program", "State", "Table", "consistency", "ddim", "ddpm", "deis", "dpm_single", "dpmpp", "euler",
-    "fast_orders", "grids", "heun", "init", "multistep", "restart", "rk", "sample", "starting_noise", "step", "take",
+    "Info", "Program", "State", "Table", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp",
+    "ersde", "euler", "fast_orders", "grids", "heun", "init", "ipndm", "ipndm_v", "multistep", "pndm",
+    "restart", "rk", "sa", "sample", "sde_dpmpp", "starting_noise", "step", "take", "unipc",
 ]  # fmt: skip

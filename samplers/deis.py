@@ -6,16 +6,24 @@ calls DEIS.
 
 from __future__ import annotations
 
-from .multistep import check_choice, check_order, multistep
+from .multistep import adams, adams_order, check_choice, check_order
 from .program import solver
 from .rk import TABLEAUS
 from .rk import rk as runge_kutta
 from .table import Table
 
 
-@solver(paper="2204.13902", calls="1", order=lambda o: TABLEAUS[o["rk"]].order if o["rk"] else min(o["order"], 2))
-def deis(path, times, order: int = 3, variable: str = "t", rk: str | None = None) -> Table:
+def _order(options: dict) -> int:
+    return TABLEAUS[options["rk"]].order if options["rk"] else adams_order(options["order"], options)
+
+
+@solver(paper="2204.13902", calls="1", order=_order)
+def deis(
+    path, times, order: int = 3, variable: str = "t", rk: str | None = None, final: str = "auto", start: str = "lower"
+) -> Table:
     """tAB ("t"), rhoAB ("rho") or diffusers' DEIS ("lam"), with ``order`` nodes; or rhoRK, by a tableau's name in ``rk``.
+
+    ``final`` and ``start`` as in ``multistep``.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids
@@ -29,4 +37,4 @@ def deis(path, times, order: int = 3, variable: str = "t", rk: str | None = None
         return runge_kutta(path, times, method=rk, form="eps")
     check_order("order", order, 1, 4)
     check_choice("variable", variable, ("t", "rho", "lam"))
-    return multistep(path, times, form="eps", variable=variable, nodes=order)
+    return adams(path, times, "eps", variable, order, final=final, start=start)
