@@ -146,7 +146,7 @@ def sample(argv: list[str]) -> int:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     d = load(arguments.model).to(device)
     table = solver(d.path, _times(d.path, solver, arguments, options), **options)
-    classes = getattr(d.net, "classes", None)
+    classes = getattr(d.net, "null_label", None)  # the label after the last class
     if arguments.label is not None and not (classes and 0 <= arguments.label < classes):
         raise ValueError(f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label")
     plan = table.on(d, device)

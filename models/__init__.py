@@ -1,8 +1,25 @@
 """Paths, denoisers, exact teachers, small networks and loaders: what every sampler and distiller sees."""
 
 from . import paths
+from .classifier import DigitClassifier, load_classifier
 from .denoiser import Denoiser
+from .digits import digits
+from .dit import DiT
 from .ideal import IdealDenoiser
+from .load import load, save_checkpoint
 from .mixture import GaussianMixture
+from .unet import UNet
 
-__all__ = ["Denoiser", "GaussianMixture", "IdealDenoiser", "paths"]
+__all__ = [
+    "Denoiser",
+    "DiT",
+    "DigitClassifier",
+    "GaussianMixture",
+    "IdealDenoiser",
+    "UNet",
+    "digits",
+    "load",
+    "load_classifier",
+    "paths",
+    "save_checkpoint",
+]

@@ -1,0 +1,96 @@
+"""The command as a user types it: in processes of its own where that matters, in this one where it does not."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep import cli
+from fewstep.samplers import Table
+
+
+def run(*words, capsys):
+    code = cli.main([str(word) for word in words])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_the_command_is_installed_and_lists_its_verbs():
+    shown = subprocess.run([sys.executable, "-m", "fewstep", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(verb in shown for verb in ("sample", "solvers", "table", "teacher", "demo"))
+
+
+def test_solvers_lists_every_exported_solver_with_its_paper(capsys):
+    from fewstep.samplers import catalogue
+
+    code, out, _ = run("solvers", capsys=capsys)
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    assert code == 0
+    assert len(catalogue.solvers()) >= 15
+    for name, function in catalogue.solvers().items():
+        assert function.entry.paper in lines[name]
+        assert function.entry.summary, name
+
+
+def test_solvers_explains_one(capsys):
+    _, out, _ = run("solvers", "deis", capsys=capsys)
+    assert "2204.13902" in out and "order" in out
+
+
+def test_table_prints_the_coefficients_and_saves_them(tmp_path, capsys):
+    file, picture = tmp_path / "deis.json", tmp_path / "deis.png"
+    code, out, _ = run("table", "deis", "--steps", 6, "--path", "vp_linear", "--out", file, "--plot", picture, capsys=capsys)
+    assert code == 0
+    table = Table.load(file)
+    assert table.calls == 6 and f"{table.b[2, 0, 0, 0]:+.5g}".lstrip("+") in out.replace("+", "")
+    assert Image.open(picture).size[0] > 300
+
+
+def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
+    words = ("sample", "digits", "--solver", "deis", "--order", "3", "--steps", 4, "--num", 12, "--seed", 0, "--out")
+    assert run(*words, tmp_path / "a.npz", capsys=capsys)[0] == 0
+    assert run(*words, tmp_path / "a.png", capsys=capsys)[0] == 0
+    assert run(*words, tmp_path / "folder", "--batch", 5, capsys=capsys)[0] == 0
+    archive = np.load(tmp_path / "a.npz")
+    assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_1"].tolist() == [*range(10), 0, 1]
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names[0] == "000000.png" and len(names) == 12
+    # the batch size is no part of a sample: at most the last bit of a network's float32 differs, so no grey level by more than 1
+    first = np.asarray(Image.open(tmp_path / "folder" / names[7]), dtype=int)
+    assert np.abs(first - archive["arr_0"][7, :, :, 0].astype(int)).max() <= 1
+    assert Image.open(tmp_path / "a.png").size[0] >= 300
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smaple"], "verb must be one of"),
+        (["sample", "digits", "--solver", "dies"], "did you mean deis"),
+        (["sample", "digitz"], "did you mean"),
+        (["sample", "digits", "--solver", "deis", "--order", "9"], "order must be"),
+        (["sample", "digits", "--solver", "deis", "--order", "two"], "must be an integer"),
+        (["sample", "digits", "--solver", "deis", "--ordre", "2"], "the options of deis are"),
+        (["sample", "digits", "--steps", "0"], "positive integer"),
+        (["sample", "digits", "--grid", "lgsnr"], "did you mean logsnr"),
+        (["sample", "digits", "--num", "0"], "--num"),
+        (["sample", "digits", "--label", "10"], "--label must lie in 0 .. 9"),
+        (["sample", "digits", "--out", "x.jpg"], ".png or .npz"),
+        (["sample", "digits", "--seed", "-1"], "seed must be"),
+        (["table", "deis", "--path", "vp"], "path must be one of"),
+    ],
+)
+def test_wrong_input_ends_with_one_clear_line(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*words, capsys=capsys)
+    assert code == 2
+    assert said in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_saved_by_the_command_is_plain_json(tmp_path, capsys):
+    file = tmp_path / "t.json"
+    run("table", "ddim", "--steps", 3, "--out", file, capsys=capsys)
+    assert json.loads(file.read_text())["solver"] == "ddim"
