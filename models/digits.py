@@ -7,7 +7,7 @@ nothing else is changed.
 36 images of every class are held out; nothing here is ever trained on them.
 
     >>> images, labels = digits("train")
-    >>> images.shape, images.dtype, images.min(), images.max()
+    >>> images.shape, images.dtype, float(images.min()), float(images.max())
     ((1437, 1, 8, 8), dtype('float32'), -1.0, 1.0)
 """
 

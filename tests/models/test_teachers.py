@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from fewstep.distill.teacher_card import heun, held_out_loss
+from fewstep.distill.teacher_card import held_out_loss, heun
 from fewstep.models import checkpoint
 from fewstep.models.classifier import load_classifier
 from fewstep.models.load import EMBEDDED, build, load
