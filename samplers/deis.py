@@ -1,7 +1,7 @@
 """DEIS (2204.13902): eps-form exponential integrators, Adams-Bashforth in t, rho or log rho.
 
-The paper's tAB-q has degree q and so q + 1 nodes: tAB-3 is ``order=4, variable="t"``. ``variable="lam"`` is what diffusers
-calls DEIS.
+The paper's tAB-q has degree q and so q + 1 nodes: tAB-3 is ``order=4, variable="t"``. ``variable="lam"`` is what
+diffusers calls DEIS.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ def _order(options: dict) -> int:
 
 @solver(paper="2204.13902", calls="1", order=_order)
 def deis(
-    path, times, order: int = 3, variable: str = "t", rk: str | None = None, final: str = "auto", start: str = "lower"
+    path,
+    times,
+    order: int = 3,
+    variable: str = "t",
+    rk: str | None = None,
+    final: str = "auto",
+    start: str = "lower",
 ) -> Table:
-    """tAB ("t"), rhoAB ("rho") or diffusers' DEIS ("lam"), with ``order`` nodes; or rhoRK, by a tableau's name in ``rk``.
+    """tAB ("t"), rhoAB ("rho") or diffusers' DEIS ("lam"), with ``order`` nodes; or rhoRK, by the name in ``rk``.
 
     ``final`` and ``start`` as in ``multistep``.
 

@@ -2,8 +2,8 @@
 
     x_n = (sigma_n / sigma_s) x_s + A0 m_0 + A1 m' + A2 m'',      A0 = alpha_n (1 - e^-h)
 
-with m', m'' the derivatives of the interpolant over lam / h and A1, A2 the moments of the exponential; the published codes
-take A0 / 2 for A1 with two nodes ("midpoint"), and with three half of A2, which leaves the order at 2.
+with m', m'' the derivatives of the interpolant over lam / h and A1, A2 the moments of the exponential. The published
+codes take A0 / 2 for A1 with two nodes ("midpoint"), and with three half of A2, which leaves the order at 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def _order(o: dict) -> int:
 
 
 @solver(paper="2211.01095", calls="1", order=_order)
-def dpmpp(path, times, order: int = 2, weight: str = "midpoint", final: str = "auto", start: str = "lower") -> Table:
+def dpmpp(
+    path, times, order: int = 2, weight: str = "midpoint", final: str = "auto", start: str = "lower"
+) -> Table:
     """DPM-Solver++ 1, 2M or 3M, as shipped (weight="midpoint") or "exact"; ``final`` and ``start`` as in ``multistep``.
 
     >>> from fewstep.models import paths
@@ -35,7 +37,9 @@ def dpmpp(path, times, order: int = 2, weight: str = "midpoint", final: str = "a
 
 
 @solver(paper="2206.00927", calls="1", order=_order)
-def dpm(path, times, order: int = 2, weight: str = "midpoint", final: str = "auto", start: str = "lower") -> Table:
+def dpm(
+    path, times, order: int = 2, weight: str = "midpoint", final: str = "auto", start: str = "lower"
+) -> Table:
     """DPM-Solver 1, 2M or 3M: the same in eps form.
 
     >>> from fewstep.models import paths

@@ -4,8 +4,8 @@
 
     r = f(rho_n) / f(rho_s),      M_k = (rho_n - rho_s)^k + k f(rho_n) int_{rho_n}^{rho_s} (q - rho_s)^(k-1) dq / f(q)
 
-f(q) = q is the ODE, f(q) = q^2 the reverse SDE. m', m'' are divided differences over rho. The published third order takes a
-backward difference for m', which holds the order at 2; weight="exact" takes the derivative of the parabola.
+f(q) = q is the ODE, f(q) = q^2 the reverse SDE. m', m'' are divided differences over rho. The published third order
+takes a backward difference for m', which holds it at order 2; weight="exact" takes the derivative of the parabola.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def ersde(path, times, order: int = 3, scale: str | Scale = "ersde", weight: str
     known: list[Value] = []
     for i in range(p.steps):
         known = [p.call(x, at=i, form="x0"), *known][:order]
-        decay = _decay(p, i, g)
+        left = _left(p, i, g)
+        decay = left / p.sigma[i]
         x = decay * x + (p.alpha[i + 1] - decay * p.alpha[i]) * known[0]
         if len(known) > 1:
             m1, m2 = _moments(rho[i], rho[i + 1], g)
@@ -57,8 +58,7 @@ def ersde(path, times, order: int = 3, scale: str | Scale = "ersde", weight: str
         if len(known) > 2:
             bend = (slope - (known[1] - known[2]) / (rho[i - 1] - rho[i - 2])) / (rho[i] - rho[i - 2])
             x = x + p.alpha[i + 1] * (m2 + m1 * (rho[i] - rho[i - 1]) * (weight == "exact")) * bend
-        kept = decay * p.sigma[i]
-        c = np.sqrt(np.maximum((p.sigma[i + 1] - kept) * (p.sigma[i + 1] + kept), 0.0))
+        c = np.sqrt((p.sigma[i + 1] - left) * (p.sigma[i + 1] + left))
         x = x + c * p.noise() if np.any(c > 0) else x
     return p.table(x)
 
@@ -70,16 +70,15 @@ def _per_rho(scale: str | Scale) -> Scale:
     return SCALES[check_choice("scale", scale, tuple(SCALES))]
 
 
-def _decay(p: Program, i: int, g: Scale) -> np.ndarray:
-    """(alpha_n / alpha_s) r, without the infinities of rho."""
-    plain = p.sigma[i + 1] / p.sigma[i]
+def _left(p: Program, i: int, g: Scale) -> np.ndarray:
+    """alpha_n rho_s r, what is left of the old noise in x_n, without the infinities of rho."""
     ending = p.rho[i + 1] == 0
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         ratio = np.where(ending, 0.0, g(np.where(ending, 1.0, p.rho[i + 1])) / g(p.rho[i]))
     if not np.isfinite(ratio).all() or (ratio > 1 + 1e-12).any():
-        raise ValueError("scale must be positive and grow at least as fast as rho: it would need more noise than there is "
+        raise ValueError("scale must be positive and grow at least as fast as rho; this one does not "
                          f"between rho = {p.rho[i].max():g} and {p.rho[i + 1].min():g}")  # fmt: skip
-    return plain * np.minimum(ratio, 1.0)
+    return p.sigma[i + 1] * np.minimum(ratio, 1.0)
 
 
 def _moments(rho_s: np.ndarray, rho_n: np.ndarray, g: Scale) -> tuple[np.ndarray, np.ndarray]:

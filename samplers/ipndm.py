@@ -2,8 +2,8 @@
 
     x_n = (alpha_n / alpha_s) x_s + (sigma_n - sigma_s alpha_n / alpha_s) sum_j beta_j eps_j
 
-Fixed weights ignore how unequal the steps are, so the order is 2 whatever their number; few-step images are good all the
-same. ``ipndm_v`` has the weights of the actual steps in rho.
+Fixed weights ignore how unequal the steps are, so the order is 2 whatever their number; few-step images are good all
+the same. ``ipndm_v`` has the weights of the actual steps in rho.
 """
 
 from __future__ import annotations

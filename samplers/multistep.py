@@ -1,7 +1,7 @@
 """The multistep family: a form, a variable to interpolate in, and a number of nodes.
 
-DEIS is (eps; t, rho or lam), DPM-Solver++ 2M with the exact weight and UniP are (x0, lam), iPNDM-v is (eps, rho), Adams-Bashforth
-on a flow is (v, t), DDIM is any of them with one node.
+DEIS is (eps; t, rho or lam), DPM-Solver++ with the exact weight and UniP are (x0, lam), iPNDM-v is (eps, rho),
+Adams-Bashforth on a flow is (v, t), DDIM is any of them with one node.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids, multistep
@@ -43,19 +43,21 @@ def advance(p: Program, x: Value, s: np.ndarray, n: np.ndarray, known: Known, fo
             kernel: np.ndarray | float = 1.0, rule: str = "exact") -> Value:  # fmt: skip
     """The exponential-integrator step from time s to n over ``known`` outputs, without its noise."""
     step = decay(p.path, s, n, form, kernel) * x
-    for (d, _), b in zip(known, weights(p.path, s, n, [t for _, t in known], form, variable, kernel, rule), strict=True):
+    all_b = weights(p.path, s, n, [t for _, t in known], form, variable, kernel, rule)
+    for (d, _), b in zip(known, all_b, strict=True):
         step = step + b * d
     return step
 
 
-def correct(p: Program, x: Value, s: np.ndarray, n: np.ndarray, new: Value, used: Known, past: Known, form: str, variable: str,
-            kernel: np.ndarray | float = 1.0, rule: str = "exact") -> Value:  # fmt: skip
+def correct(p: Program, x: Value, s: np.ndarray, n: np.ndarray, new: Value, used: Known, past: Known, form: str,
+            variable: str, kernel: np.ndarray | float = 1.0, rule: str = "exact") -> Value:  # fmt: skip
     """Redo the step that ``advance`` made over ``used`` to the point x: now over the output ``new`` at x and ``past``.
 
     The decay and the noise of both are the same, so only the weights' difference is added to x.
     """
     for nodes, sign in ((used, -1.0), ([(new, n), *past], 1.0)):
-        for (d, _), b in zip(nodes, weights(p.path, s, n, [t for _, t in nodes], form, variable, kernel, rule), strict=True):
+        all_b = weights(p.path, s, n, [t for _, t in nodes], form, variable, kernel, rule)
+        for (d, _), b in zip(nodes, all_b, strict=True):
             x = x + sign * b * d
     return x
 
@@ -68,7 +70,8 @@ def transfer(p: Program, x: Value, s: np.ndarray, n: np.ndarray, d: Value, form:
 def leave_alpha_zero(p: Program, x: Value) -> Value | None:
     """The first step of an eps-form solver where it begins at alpha = 0 in some lane: DDIM in x0 form; else None.
 
-    There x is all noise and eps says nothing of x0, so the output is not kept. All lanes of a table take this step, or none.
+    There x is all noise and eps says nothing of x0, so the output is not kept. All lanes of a table take this step, or
+    none does.
     """
     if not (p.alpha[0] == 0).any():
         return None
@@ -122,17 +125,26 @@ def adams_order(nodes: int, options: dict) -> int:
 
 
 @solver(paper="2204.13902, 2211.01095, 2302.04867", calls="1", order=lambda o: adams_order(o["nodes"], o))
-def multistep(path, times, form: str = "x0", variable: str = "lam", nodes: int = 3, final: str = "auto", start: str = "lower") -> Table:
+def multistep(
+    path,
+    times,
+    form: str = "x0",
+    variable: str = "lam",
+    nodes: int = 3,
+    final: str = "auto",
+    start: str = "lower",
+) -> Table:
     """Adams-Bashforth over the last ``nodes`` outputs, in any form and interpolation variable.
 
-    ``final="lower"`` lets the order fall by one a step towards the end (first order last), as DPM-Solver++ does below 15
-    steps; ``"auto"`` keeps the full order, except for a last step to sigma = 0 that has none. ``start="lower"`` lets the
-    order rise from one; ``"rk"`` makes the first nodes - 1 steps by a Runge-Kutta method of order nodes - 1, in (nodes - 1)
-    (nodes - 2) calls more: for beginning midway, where the first steps matter.
+    ``final="lower"`` lets the order fall by one a step towards the end (first order last), as DPM-Solver++ does below
+    15 steps; ``"auto"`` keeps the full order, except for a last step to sigma = 0 that has none. ``start="lower"`` lets
+    the order rise from one; ``"rk"`` makes the first nodes - 1 steps by a Runge-Kutta method of order nodes - 1, in
+    (nodes - 1)(nodes - 2) calls more: for beginning midway, where the first steps matter.
     """
     check_choice("form", form, ("eps", "x0", "v"))
     check_choice("variable", variable, VARIABLES)
     check_order("nodes", nodes, 1, 4)
     if form == "v" and path.name not in ("flow", "edm"):
-        raise ValueError(f"form='v' (dx/dt) needs a straight path, where it is constant for a point mass: flow or edm, got {path.name}")
+        raise ValueError("form='v' (dx/dt) needs a straight path, where it is constant for a point mass: flow or edm, "
+                         f"got {path.name}")  # fmt: skip
     return adams(path, times, form, variable, nodes, final=final, start=start)

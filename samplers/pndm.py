@@ -1,7 +1,7 @@
 """PNDM (2202.09778): linear multistep on the transfer map T (DDIM's step), begun by pseudo Runge-Kutta steps.
 
-    F-PNDM   three steps of four calls, e = (e1 + 2 e2 + 2 e3 + e4)/6, then T with Adams-Bashforth of order 4: N + 9 calls
-    S-PNDM   one step of two calls, e = (e1 + e2)/2, then Adams-Bashforth of order 2: N + 1 calls
+F-PNDM   three steps of four calls, e = (e1 + 2 e2 + 2 e3 + e4)/6, then T with Adams-Bashforth of order 4: N + 9 calls
+S-PNDM   one step of two calls, e = (e1 + e2)/2, then Adams-Bashforth of order 2: N + 1 calls
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from .table import Table
 def pndm(path, times, variant: str = "fast") -> Table:
     """F-PNDM (variant="fast") or S-PNDM ("simple").
 
-    A pseudo Runge-Kutta step calls the network where it lands; one that lands on sigma = 0, where there is nothing to call,
-    is an Adams-Bashforth step instead.
+    A pseudo Runge-Kutta step calls the network where it lands; one that lands on sigma = 0, where there is nothing to
+    call, is an Adams-Bashforth step instead.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids

@@ -67,13 +67,15 @@ def check_times(path: Path, times: Any) -> np.ndarray:
     """Times as float64 of shape (n + 1,) or (lanes, n + 1), strictly falling inside the path; else ``ValueError``."""
     array = np.array(times, dtype=np.float64)
     if array.ndim not in (1, 2) or array.shape[-1] < 2:
-        raise ValueError(f"times must have shape (n + 1,) or (lanes, n + 1) with at least one step, got {array.shape}")
+        raise ValueError(
+            f"times must have shape (n + 1,) or (lanes, n + 1) with at least one step, got {array.shape}"
+        )
     if not np.isfinite(array).all():
         raise ValueError("times must be finite")
     if (np.diff(array) >= 0).any():
         step = int(np.argwhere(np.diff(array) >= 0)[0][-1])
-        raise ValueError(f"times must fall strictly, from noise to data: step {step} goes from {array[..., step].flat[0]:g} "
-                         f"to {array[..., step + 1].flat[0]:g}")  # fmt: skip
+        raise ValueError(f"times must fall strictly, from noise to data: step {step} goes from "
+                         f"{array[..., step].flat[0]:g} to {array[..., step + 1].flat[0]:g}")  # fmt: skip
     slack = 1e-9 * (path.t_max - path.t_clean)
     if array.max() > path.t_max + slack or array.min() < path.t_clean - slack:
         raise ValueError(f"times must lie in [{path.t_clean:g}, {path.t_max:g}] on {path.name}, "
@@ -91,7 +93,12 @@ class Program:
         self.times = check_times(path, times)
         self.t = np.ascontiguousarray(np.atleast_2d(self.times).T)
         self.steps, self.lanes = self.t.shape[0] - 1, self.t.shape[1]
-        self.alpha, self.sigma, self.rho, self.lam = path.alpha(self.t), path.sigma(self.t), path.rho(self.t), path.lam(self.t)
+        self.alpha, self.sigma, self.rho, self.lam = (
+            path.alpha(self.t),
+            path.sigma(self.t),
+            path.rho(self.t),
+            path.lam(self.t),
+        )
         self._calls: list[tuple[np.ndarray, np.ndarray, np.ndarray, str]] = []
         self._transitions: list[tuple[dict, dict]] = []
         self._noise_row = -1
@@ -107,11 +114,22 @@ class Program:
         self._noise_row = len(self._calls)
         return Value({("z", self._noise_row): 1.0})
 
-    def call(self, point: Value, at: int | None = None, form: str = "eps", base: Value | None = None, t: Number = None) -> Value:
+    def call(
+        self,
+        point: Value,
+        at: int | None = None,
+        form: str = "eps",
+        base: Value | None = None,
+        t: Number = None,
+    ) -> Value:
         """Call the network at ``point``, on grid point ``at`` or at time ``t``; the answer as ``form``."""
         if (at is None) == (t is None):
             raise ValueError("call needs either at= (a grid point) or t= (a time)")
-        time = self.t[at] if t is None else np.broadcast_to(np.asarray(t, dtype=np.float64), (self.lanes,)).copy()
+        time = (
+            self.t[at]
+            if t is None
+            else np.broadcast_to(np.asarray(t, dtype=np.float64), (self.lanes,)).copy()
+        )
         base = point if base is None else base
         self._transitions.append((base.terms, point.terms))
         row = len(self._calls) + 1
@@ -173,10 +191,10 @@ def _slots(transitions: list[tuple[dict, dict]], rows: int) -> list[int]:
 class Entry:
     """What a solver says of itself: paper, calls a step, and order of convergence.
 
-    ``order`` is a number, or a function of the options; ``order_of(**options)`` fills in the defaults and evaluates it. It is
-    the order that theory gives the table as it is built, its cold start and its lowered last steps included (a first-order
-    first step costs O(h^2) in all), for a smooth solution and t from anywhere to t_min; for a stochastic solver, the weak
-    order.
+    ``order`` is a number, or a function of the options; ``order_of(**options)`` fills in the defaults and evaluates it.
+    It is the order that theory gives the table as it is built, its cold start and its lowered last steps included (a
+    first-order first step costs O(h^2) in all), for a smooth solution and t from anywhere to t_min; for a stochastic
+    solver, the weak order.
 
     >>> from fewstep.samplers import deis
     >>> deis.entry.order_of(order=1), deis.entry.order_of(order=3)

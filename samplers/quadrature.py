@@ -35,7 +35,9 @@ def _laguerre() -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.laguerre.laggauss(8)
 
 
-def gauss_legendre(lower: np.ndarray, upper: np.ndarray, count: int = _NODES) -> tuple[np.ndarray, np.ndarray]:
+def gauss_legendre(
+    lower: np.ndarray, upper: np.ndarray, count: int = _NODES
+) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights on [lower, upper]: (count, lanes) each."""
     x, w = _legendre(count)
     half = (upper - lower) / 2
@@ -85,7 +87,9 @@ def lagrange(nodes: Sequence[np.ndarray], at: np.ndarray) -> list[np.ndarray]:
     return basis
 
 
-def decay(path: Path, s: np.ndarray, n: np.ndarray, form: str, kernel: np.ndarray | float = 1.0) -> np.ndarray:
+def decay(
+    path: Path, s: np.ndarray, n: np.ndarray, form: str, kernel: np.ndarray | float = 1.0
+) -> np.ndarray:
     """g_n / g_s: what the step does to x before anything is added.
 
     ``kernel`` = 1 + tau^2 > 1 is the reverse SDE in x0 form: (sigma_n / sigma_s) e^(-tau^2 h), where h = lam_n - lam_s.
@@ -100,7 +104,9 @@ def decay(path: Path, s: np.ndarray, n: np.ndarray, form: str, kernel: np.ndarra
     raise ValueError(f"form must be eps, x0 or v, got {form!r}")
 
 
-def total(path: Path, s: np.ndarray, n: np.ndarray, form: str, kernel: np.ndarray | float = 1.0) -> np.ndarray:
+def total(
+    path: Path, s: np.ndarray, n: np.ndarray, form: str, kernel: np.ndarray | float = 1.0
+) -> np.ndarray:
     """What the coefficients b_j of a step add up to, whatever the nodes: the step is exact for a point mass."""
     a = decay(path, s, n, form, kernel)
     if form == "eps":
@@ -122,15 +128,17 @@ def weights(
 ) -> list[np.ndarray]:
     """b_j for a step from times s to n (lanes,), with d known at the times ``nodes``, each (lanes,).
 
-    A node where the variable is infinite (lam or rho at alpha = 0) has weight 0: it drops out, as in the limit. Where no
-    limit exists (x0 over lam, down to sigma = 0) the step is first order.
+    A node where the variable is infinite (lam or rho at alpha = 0) has weight 0: it drops out, as in the limit. Where
+    no limit exists (x0 over lam, down to sigma = 0) the step is first order.
 
     ``rule`` names the weights that published codes use in place of the exact moment of highest degree, over lam:
-    "bh1" and "bh2" with two nodes; "shipped" is "bh2" with two nodes, and with three it takes half of the second moment.
+    "bh1" and "bh2" with two nodes; "shipped" is "bh2" with two nodes, and with three half of the second moment.
     """
     kernel = np.broadcast_to(np.asarray(kernel, dtype=np.float64), s.shape)
     with np.errstate(divide="ignore"):
-        finite = np.isfinite([path.lam(s), path.lam(n), *(variable_at(path, variable, node) for node in nodes)])
+        finite = np.isfinite(
+            [path.lam(s), path.lam(n), *(variable_at(path, variable, node) for node in nodes)]
+        )
     answer = np.zeros((len(nodes), len(s)))
     for kind in np.unique(finite, axis=1).T:  # lanes that have the same limits to take
         lanes = (finite == kind[:, None]).all(axis=0)
@@ -167,7 +175,7 @@ def _weights(path, s, n, nodes, form, variable, kernel, rule) -> np.ndarray:
 
 
 def _pair(path, s, n, nodes, form, kernel, rule, whole) -> np.ndarray:
-    """Two nodes over lam, one of them s, with first moment half the zeroth ("bh2", "shipped") or linear in h ("bh1")."""
+    """Two nodes over lam, one of them s: the first moment is half the zeroth ("bh2", "shipped") or linear in h ("bh1")."""
     here = next((j for j, node in enumerate(nodes) if (node == s).all()), None)
     if here is None:
         raise ValueError("one of the two nodes must be the start of the step")
@@ -202,13 +210,17 @@ def _measure(path, s, n, form, variable, kernel) -> tuple[np.ndarray, np.ndarray
             return variable_at(path, variable, path.time(lam)), w * (-path.alpha(n) * np.exp(-lam))
         # what lies 40 / kernel before the end weighs less than a rounding error
         lam, w = gauss_legendre(np.maximum(lam_s, lam_n - 40.0 / kernel), lam_n)
-        return variable_at(path, variable, path.time(lam)), w * (path.alpha(n) * kernel * np.exp(kernel * (lam - lam_n)))
+        return variable_at(path, variable, path.time(lam)), w * (
+            path.alpha(n) * kernel * np.exp(kernel * (lam - lam_n))
+        )
     if form == "x0":
         if np.isfinite(lam_s).all():  # sigma_n = 0: everything happens at the end
             return variable_at(path, variable, n)[None], path.alpha(n)[None]
         u, w = gauss_legendre(np.zeros_like(lam_n), np.ones_like(lam_n))  # alpha_s = 0: uniform in snr^kernel
         return variable_at(path, variable, path.time(lam_n + np.log(u) / kernel)), w * path.alpha(n)
-    if variable == "lam":  # eps down to sigma = 0: int e^-lam (polynomial in lam) is Gauss-Laguerre's own, hence exact
+    if (
+        variable == "lam"
+    ):  # eps down to sigma = 0: int e^-lam polynomial(lam), which Gauss-Laguerre does exactly
         x, w = _laguerre()
         return lam_s + x[:, None], -path.alpha(n) * np.exp(-lam_s) * w[:, None]
     rho, w = gauss_legendre(path.rho(s), path.rho(n))

@@ -12,19 +12,20 @@ import numpy as np
 from .dpmpp import RULES
 from .multistep import Known, advance, check_choice, check_order
 from .program import Program, Value, solver
-from .quadrature import decay
 from .table import Table
 
 
 def fresh_noise(p: Program, x: Value, i: int, kernel: np.ndarray | float) -> Value:
-    """Add to x what the decay of step i, with this kernel, takes from the noise: sigma_n sqrt(1 - e^(-2 (kernel - 1) h))."""
-    kept = decay(p.path, p.t[i], p.t[i + 1], "x0", kernel) * p.sigma[i]
-    c = np.sqrt(np.maximum(p.sigma[i + 1] - kept, 0.0) * (p.sigma[i + 1] + kept))
-    return x + c * p.noise() if np.any(np.asarray(kernel) > 1) and np.any(c > 0) else x
+    """Add the noise that step i's decay makes room for: sigma_n sqrt(1 - e^(-2 (kernel - 1) h))."""
+    shrink = (p.sigma[i + 1] * p.alpha[i]) / (p.sigma[i] * p.alpha[i + 1])  # e^-h
+    c = p.sigma[i + 1] * np.sqrt(np.maximum(1.0 - shrink ** (2.0 * (np.asarray(kernel) - 1.0)), 0.0))
+    return x + c * p.noise() if np.any(c > 0) else x
 
 
 @solver(paper="2211.01095", calls="1", order=lambda o: min(o["order"], 2))
-def sde_dpmpp(path, times, order: int = 2, eta: float = 1.0, weight: str = "midpoint", final: str = "auto") -> Table:
+def sde_dpmpp(
+    path, times, order: int = 2, eta: float = 1.0, weight: str = "midpoint", final: str = "auto"
+) -> Table:
     """SDE-DPM-Solver++ 1, 2M or 3M, as shipped (weight="midpoint") or "exact".
 
     >>> from fewstep.models import paths

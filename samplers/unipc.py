@@ -20,11 +20,20 @@ def _order(o: dict) -> int:
 
 
 @solver(paper="2302.04867", calls="1", order=_order)
-def unipc(path, times, order: int = 2, rule: str = "bh2", form: str = "x0", corrector: bool = True, final: str = "lower") -> Table:
+def unipc(
+    path,
+    times,
+    order: int = 2,
+    rule: str = "bh2",
+    form: str = "x0",
+    corrector: bool = True,
+    final: str = "lower",
+) -> Table:
     """UniPC of order 1 to 4, bh1 or bh2, in x0 or eps form; without its corrector it is UniP.
 
-    With ``final="lower"`` step i of N has order min(order, i + 1, N - i), as published; with ``"auto"`` only a last step to
-    sigma = 0 is lowered, to first order, where the weights have no limit. The result of the last step is not corrected: that would cost a call.
+    With ``final="lower"`` step i of N has order min(order, i + 1, N - i), as published; with ``"auto"`` only a last step
+    to sigma = 0 is lowered, to first order, where the weights have no limit. The result of the last step is not
+    corrected: that would cost a call.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids
