@@ -224,7 +224,8 @@ def take(state: State, index: torch.Tensor, ids: torch.Tensor | None = None) -> 
     row = state.row if isinstance(state.row, int) else state.row[index]
     x = state.x[index]
     y = x if state.y is state.x else state.y[index]
-    return State(x, y, tuple(None if s is None else s[index] for s in state.d), row, state.ids[index] if ids is None else ids)
+    ids = state.ids[index] if ids is None else check_ids(ids, x.shape[0]).to(x.device)
+    return State(x, y, tuple(None if s is None else s[index] for s in state.d), row, ids)
 
 
 def sample(
