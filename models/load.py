@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from . import checkpoint, paths
 from .denoiser import Denoiser
 from .dit import DiT
+from .load_diffusers import load_folder
 from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
@@ -32,7 +32,7 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle:
     Args:
         name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers; a
             ``.safetensors`` checkpoint of fewstep; or a folder that diffusers saved: a pipeline of a UNet2DModel and
-            a DDPM-like scheduler; or, where pickles are allowed, one of the EDM repositories.
+            a DDPM-like, FlowMatch or EDM scheduler; or, where pickles are allowed, one of the EDM repositories.
         attention: ``sdpa`` or ``xformers``.
         allow_pickle: pickles run code when they are read, so they are refused unless this says so.
     """
@@ -49,7 +49,7 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle:
             )
         return _edm_pickle(path)
     if path.is_dir():
-        return _diffusers(path, attention)
+        return _frozen(load_folder(path, attention))
     if path.is_file():
         return _checkpoint(path, attention)
     known = [*ALIASES, *EMBEDDED]
@@ -135,46 +135,6 @@ def _frozen(d: Denoiser) -> Denoiser:
     return d
 
 
-def _diffusers(folder: Path, attention: str) -> Denoiser:
-    """A pipeline folder (unet/ and scheduler/) of a UNet2DModel and a scheduler with DDPM's betas."""
-    index = _json(folder / "model_index.json")
-    if index is None:
-        raise ValueError(
-            f"{folder} has no model_index.json: what can be loaded is a pipeline folder that diffusers saved, with "
-            "unet/ (a UNet2DModel) and scheduler/ in it"
-        )
-    config, scheduler = (
-        _json(folder / "unet" / "config.json"),
-        _json(folder / "scheduler" / "scheduler_config.json"),
-    )
-    if config is None or config.get("_class_name") != "UNet2DModel" or scheduler is None:
-        found = f"{index.get('_class_name')} with {config.get('_class_name') if config else 'no unet'}"
-        raise ValueError(
-            f"{folder} is a {found}; what can be loaded is a UNet2DModel with a DDPM-like scheduler"
-        )
-    prediction = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
-    kind = scheduler.get("prediction_type", "epsilon")
-    if "num_train_timesteps" not in scheduler or "beta_schedule" not in scheduler or kind not in prediction:
-        raise ValueError(
-            f"{folder}/scheduler is a {scheduler.get('_class_name')} with prediction_type {kind!r}; what can be loaded "
-            f"is a scheduler with DDPM's betas and prediction_type {', '.join(prediction)}"
-        )
-    from diffusers import DDPMScheduler, UNet2DModel
-
-    twin = UNet2DModel.from_pretrained(folder / "unet", use_safetensors=True)
-    table = DDPMScheduler.from_config(scheduler).alphas_cumprod
-    net = UNet.from_diffusers(twin, attention)
-    size = net.config.sample_size
-    d = Denoiser(
-        lambda x, tau, label=None: net(x, tau, label),
-        paths.vp_discrete(table),
-        predicts=prediction[kind],
-        net=net,
-        shape=None if size is None else (net.config.in_channels, size, size),
-    )
-    return _frozen(d)
-
-
 def _edm_pickle(path: Path) -> Denoiser:
     """The network under ``ema`` in a pickle of the EDM repositories: net(x, sigma, one-hot label) is an x0."""
     import pickle
@@ -196,7 +156,3 @@ def _edm_pickle(path: Path) -> Denoiser:
 
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     return _frozen(Denoiser(call, paths.edm(), predicts="x0", net=net.float(), shape=shape))
-
-
-def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -168,10 +168,10 @@ def test_an_edm_pickle_is_a_denoiser(tmp_path, monkeypatch):
     assert torch.allclose(d(x, 3.0, label=torch.tensor([0, 1])), x / 10 + 2)
 
 
-def test_a_diffusers_folder(tmp_path):
+def twin_of(**changes):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    twin = diffusers.UNet2DModel(
+    return diffusers.UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -179,21 +179,64 @@ def test_a_diffusers_folder(tmp_path):
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **changes,
     )
+
+
+def save_pipeline(folder, twin, scheduler):
+    """What DDPMPipeline.save_pretrained leaves, without the cost of importing pipelines."""
+    twin.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+
+
+def test_a_diffusers_folder_of_ddpm(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    twin = twin_of()
     scheduler = diffusers.DDPMScheduler(
         num_train_timesteps=100, prediction_type="v_prediction", clip_sample=False
     )
-    diffusers.DDPMPipeline(twin, scheduler).save_pretrained(tmp_path / "pipe")
-    d = load(tmp_path / "pipe")
+    save_pipeline(tmp_path, twin, scheduler)
+    d = load(tmp_path)
     assert d.predicts == "v" and d.shape == (1, 8, 8) and d.path.t_max == 99
     x, k = torch.randn(2, 1, 8, 8), 40
     with torch.no_grad():
-        v = twin(x, k).sample
-        a = scheduler.alphas_cumprod[k]
-        assert torch.allclose(d(x, float(k)), a.sqrt() * x - (1 - a).sqrt() * v, atol=1e-5)
+        v, a = twin(x, k).sample, scheduler.alphas_cumprod[k]
+    assert torch.allclose(d(x, float(k)), a.sqrt() * x - (1 - a).sqrt() * v, atol=1e-5)
 
-    diffusers.DDPMPipeline(twin, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(
-        tmp_path / "flow"
+
+def test_a_diffusers_folder_of_flow_matching(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    twin = twin_of(num_class_embeds=5)
+    diffusers.DDPMPipeline(twin, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)).save_pretrained(
+        tmp_path
     )
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
-        load(tmp_path / "flow")
+    d = load(tmp_path)
+    x, label = torch.randn(2, 1, 8, 8), torch.tensor([0, 4])
+    with torch.no_grad():
+        v = twin(x, torch.full((2,), 250.0), class_labels=label).sample
+    assert d.path.shift == 3.0 and torch.allclose(d(x, 0.25, label=label), x - 0.25 * v, atol=1e-5)
+    with pytest.raises(ValueError, match="label is needed"):
+        d(x, 0.25)
+
+
+def test_a_diffusers_folder_of_edm(tmp_path):
+    """One call against diffusers' own preconditioning."""
+    diffusers = pytest.importorskip("diffusers")
+    twin, scheduler = twin_of(), diffusers.EDMEulerScheduler(sigma_data=0.7)
+    save_pipeline(tmp_path, twin, scheduler)
+    d = load(tmp_path)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(2.5)
+    with torch.no_grad():
+        output = twin(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma)).sample
+    assert torch.allclose(d(x, 2.5), scheduler.precondition_outputs(x, output, sigma), atol=1e-5)
+
+
+def test_other_schedulers_and_nets_are_named(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    save_pipeline(tmp_path, twin_of(), diffusers.KarrasVeScheduler())
+    with pytest.raises(ValueError, match="KarrasVeScheduler.*what can be loaded is a UNet2DModel"):
+        load(tmp_path)
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
+    with pytest.raises(ValueError, match="UNet3DConditionModel.*what can be loaded is a UNet2DModel"):
+        load(tmp_path)
