@@ -76,8 +76,8 @@ def restart(
         at = 1 + int(np.argmin(np.abs(np.log(np.array(inner) / low)))) if low > 0 else 0
         if not (0 < low < high <= path.rho(path.t_max) and high > inner[at - 1]):
             raise ValueError(
-                f"an interval must have 0 < rho_low < rho_high <= {path.rho(path.t_max):g} on this path, and the grid's "
-                f"point nearest to rho_low must lie below rho_high; got rho_low = {low}, rho_high = {high}"
+                f"an interval must have 0 < rho_low < rho_high <= {path.rho(path.t_max):g} on this path, and "
+                f"the grid's point nearest to rho_low must lie below rho_high; got rho_low = {low}, rho_high = {high}"
             )
         wanted.setdefault(at, []).append((high, int(repeats), int(steps)))
     table, begin = None, 0

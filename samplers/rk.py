@@ -71,12 +71,13 @@ def weighted(factors: Sequence[float], values: Sequence[Value]) -> Value:
 def rk_step(p: Program, x: Value, s: np.ndarray, n: np.ndarray, tableau: Tableau, form: str) -> Value:
     """One step from time s to n (lanes,).
 
-    To sigma = 0 it is first order, as in EDM: a stage there would ask the network for noise that is not there. From
-    alpha = 0 it is written in x0, whose clock 1/rho is finite there.
+    To sigma = 0 it is first order, as in EDM: a stage there would ask the network for noise that is not there. On a
+    path that begins at alpha = 0 the clock rho begins at infinity, where no method keeps its order: there eps-form
+    steps are written in x0, with the clock 1/rho, as long as the noise is the larger part.
     """
     if (p.path.sigma(n) == 0).any():
         tableau = TABLEAUS["1euler"]
-    if form == "eps" and (p.path.alpha(s) == 0).any():
+    if form == "eps" and not np.isfinite(p.path.rho(p.path.t_max)) and (p.path.rho(s) > 1).any():
         form = "x0"
     d = [p.call(x, t=s, form=form)]
     for c, row in zip(tableau.nodes[1:], tableau.a, strict=True):
