@@ -197,12 +197,12 @@ def solvers(argv: list[str]) -> int:
     rows = [("solver", "calls a step", "order", "arXiv", "options")]
     for name, function in sorted(catalogue.solvers().items()):
         entry = function.entry
-        options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
-        rows.append((name, entry.calls, str(entry.order), entry.paper, options))
+        options = ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in entry.options.items())
+        rows.append((name, entry.calls, str(entry.order_of()), entry.paper, options))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4])
-    print(f"\ngrids: {', '.join(catalogue.grid_names())}")
+    print(f"\nThe order is that of the default options, cold start included.\ngrids: {', '.join(catalogue.grid_names())}")
     return 0
 
 

@@ -22,7 +22,7 @@ from ..models import Denoiser, load
 from ..models.classifier import load_classifier
 from ..models.digits import digits
 from ..samplers import ddim, deis, dpmpp, grids, heun, multistep, sample, unipc
-from ..samplers.noise import starting_noise
+from ..samplers.noise import USER, starting_noise, uniform
 from . import images
 from .frechet import frechet_distance
 from .kid import kernel_distance
@@ -72,7 +72,10 @@ def run(model: str, num: int, out: Path, steps: int = 100) -> list[dict]:
     """Sample, judge, print, draw; returns the table's rows."""
     torch.set_num_threads(min(torch.get_num_threads(), 2))
     d, judge = load(model), Judge.digits()
-    noise, label = starting_noise(0, num, d.shape), torch.arange(num) % 10
+    noise = starting_noise(0, num, d.shape)
+    # drawn, not counted off: KID is unbiased for independent samples only
+    label = (uniform(0, torch.arange(num), 1, stream=USER)[:, 0] * 10).long()
+    shown = torch.stack([(label == digit).nonzero()[0, 0] for digit in range(10)])
     print(f"{model}: {num} samples, the same noise for every solver", flush=True)
     truth = converged(d, noise, label, steps)
     floor = {"solver": f"converged ({steps} calls)", "calls": steps, "rmse": 0.0, **judge.quality(truth), "speed": float("nan")}
@@ -87,13 +90,18 @@ def run(model: str, num: int, out: Path, steps: int = 100) -> list[dict]:
             rmse = float((x - truth).square().mean().sqrt())
             rows.append({"solver": name, "calls": table.calls, "rmse": rmse, **judge.quality(x), "speed": num / seconds})
             show(floor, rows[-1])
-            pictures.append(images.tile(images.to_uint8(x[:10]), columns=5))
-    pictures += [images.tile(images.to_uint8(truth[:10]), columns=5)] * len(BUDGETS)
+            pictures.append(_sheet(x[shown]))
+    pictures += [_sheet(truth[shown])] * len(BUDGETS)
     labels = [*(name for name, *_ in ROWS), f"converged\n({steps} calls)"]
     images.save_png(out, images.grid(torch.stack(pictures), columns=len(BUDGETS), labels_rows=labels,
                                      labels_columns=[f"{n} calls" for n in BUDGETS], scale=6))  # fmt: skip
     print(f"nearest training digit: held-out digits lie at {floor['nearest_held_out']:.2f}\npicture: {out}")
     return rows
+
+
+def _sheet(x: torch.Tensor) -> torch.Tensor:
+    """The ten digits as one image, a dark margin between them."""
+    return images.tile(torch.nn.functional.pad(images.to_uint8(x), (1, 1, 1, 1)), columns=5)
 
 
 def show(floor: dict | None, row: dict) -> None:
