@@ -175,7 +175,7 @@ def _weights(path, s, n, nodes, form, variable, kernel, rule) -> np.ndarray:
 
 
 def _pair(path, s, n, nodes, form, kernel, rule, whole) -> np.ndarray:
-    """Two nodes over lam, one of them s: the first moment is half the zeroth ("bh2", "shipped") or linear in h ("bh1")."""
+    """Two nodes over lam, one of them s: first moment half the zeroth ("bh2", "shipped") or linear in h ("bh1")."""
     here = next((j for j, node in enumerate(nodes) if (node == s).all()), None)
     if here is None:
         raise ValueError("one of the two nodes must be the start of the step")
@@ -198,11 +198,9 @@ def _measure(path, s, n, form, variable, kernel) -> tuple[np.ndarray, np.ndarray
     """Points in the variable and weights g_n d tau that integrate a smooth function of it over the step."""
     lam_s, lam_n = path.lam(s), path.lam(n)
     if form == "v":
-        if np.isfinite(lam_n).all():
-            t, w = gauss_legendre(s, n)
-        else:  # lam has a logarithm at the end: t - n = (s - n) u^8 makes it smooth
-            u, w = gauss_legendre(np.ones_like(s), np.zeros_like(s))
-            t, w = n + (s - n) * u**8, (s - n) * 8 * u**7 * w
+        # t - n = (s - n) u^8 smooths the logarithm that lam has near the clean end
+        u, w = gauss_legendre(np.ones_like(s), np.zeros_like(s))
+        t, w = n + (s - n) * u**8, (s - n) * 8 * u**7 * w
         return variable_at(path, variable, t), w
     if np.isfinite(lam_s).all() and np.isfinite(lam_n).all():
         if form == "eps":
