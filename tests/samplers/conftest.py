@@ -2,7 +2,6 @@
 
 import itertools
 
-import numpy as np
 import pytest
 
 from fewstep import samplers
@@ -57,7 +56,7 @@ SOLVERS = {
 
 
 def all_variants():
-    """(name, options) of every exported solver: its defaults, each known option changed alone, order with start, form."""
+    """(name, options) of every exported solver: its defaults, each known option alone, order with start and form."""
     for name, solver in SOLVERS.items():
         defaults = solver.entry.options
         known = [key for key in CHOICES if key in defaults]
@@ -97,6 +96,5 @@ def build_table():
 
 @pytest.fixture
 def all_paths():
-    return [
-        paths.vp_linear(), paths.vp_cosine(), paths.vp_discrete(paths.ddpm_alphas_cumprod()), paths.edm(), paths.flow(shift=3.0),
-    ]  # fmt: skip
+    discrete = paths.vp_discrete(paths.ddpm_alphas_cumprod())
+    return [paths.vp_linear(), paths.vp_cosine(), discrete, paths.edm(), paths.flow(shift=3.0)]
