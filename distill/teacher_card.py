@@ -109,6 +109,7 @@ def card(config: dict[str, Any], record: dict[str, Any]) -> str:
         f"{recipe['steps']} steps of {recipe['batch']}, AdamW, lr {recipe['lr']}, times {drawn}, "
         f"{recipe['label_dropout']:.0%} of labels dropped, weights averaged over the last {recipe['ema_share']:.0%}, "
         f"seed {recipe['seed']}"
+        + (f"; time frequencies above {recipe['time_cutoff']} rad held at 0" if recipe["time_cutoff"] else "")
     )
     return model_card(
         recipe["name"],

@@ -126,20 +126,22 @@ class UNetConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
+def time_frequencies(dim: int, freq_shift: int = 0) -> torch.Tensor:
+    """10000^{-i / (dim/2 - freq_shift)}, i < dim/2: radians per unit of the network's time, in float32."""
+    half = dim // 2
+    # rounded in diffusers' order: at tau = 1000 one bit of a frequency is 1e-5 of an angle
+    return torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / (half - freq_shift))
+
+
 def time_features(
     tau: torch.Tensor, dim: int, flip_sin_to_cos: bool = True, freq_shift: int = 0
 ) -> torch.Tensor:
-    """sin and cos of tau 10000^{-i / (dim/2 - freq_shift)}, i < dim/2: (B,) -> (B, dim), in float32.
+    """Cosines and sines of tau x ``time_frequencies``: (B,) -> (B, dim), in float32; sines first unless flipped.
 
     >>> time_features(torch.zeros(1), 4)
     tensor([[1., 1., 0., 0.]])
     """
-    half = dim // 2
-    # rounded in diffusers' order: at tau = 1000 one bit of a frequency is 1e-5 of an angle
-    powers = (
-        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=tau.device) / (half - freq_shift)
-    )
-    angles = tau.float()[:, None] * torch.exp(powers)
+    angles = tau.float()[:, None] * time_frequencies(dim, freq_shift).to(tau.device)
     waves = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return functional.pad(torch.cat(waves, dim=-1), (0, dim % 2))
 

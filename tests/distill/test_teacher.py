@@ -19,10 +19,12 @@ from fewstep.distill.teacher import (
     main,
     run,
     target,
+    train,
 )
 from fewstep.models import paths
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.load import load
+from fewstep.models.unet import time_frequencies
 
 KINDS = [
     (paths.edm(), "x0", "edm"),
@@ -77,6 +79,17 @@ def test_times_follow_their_distribution_and_fill_every_stratum(path, times):
 def test_unknown_times_are_named():
     with pytest.raises(ValueError, match="lognormal"):
         draw_times(Times("beta"), paths.flow(), 4, torch.Generator())
+
+
+def test_fast_frequencies_stay_out_while_it_trains():
+    recipe = recipes.read(
+        "digits-flow", TeacherRecipe, ["net.block_out_channels=[16,16]", "steps=3", "batch=8"]
+    )
+    d, _ = train(recipe)
+    weight = d.net.time_embedding.linear_1.weight
+    fast = 1000.0 * time_frequencies(16) > recipe.time_cutoff
+    assert 0 < fast.sum() < 8
+    assert not weight[:, fast.repeat(2)].any() and weight[:, ~fast.repeat(2)].all()
 
 
 def test_learning_rate_rises_and_falls():
