@@ -63,8 +63,8 @@ def variable_at(path: Path, variable: str, t: np.ndarray) -> np.ndarray:
 def vp_time(lam: np.ndarray) -> np.ndarray:
     """The time at which the linear VP path has this log-SNR; infinite where there is no signal.
 
-    The ODE does not know which path its noise levels came from, and x0 is smooth in this time at both ends (in rho^2 near
-    the data, in sqrt(log rho) near the noise), so it serves as a variable on every path.
+    The ODE does not know which path its noise levels came from, and x0 is smooth in this time at both ends (in rho^2
+    near the data, in sqrt(log rho) near the noise), so it serves as a variable on every path.
     """
     signal = np.isfinite(lam) | (lam > 0)
     return np.where(signal, _VP.time(np.where(signal, lam, 0.0)), np.inf)

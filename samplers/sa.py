@@ -69,6 +69,8 @@ def sa(
 def _taus(p: Program, tau: float | Callable, between: tuple[float, float] | None) -> np.ndarray:
     """tau at the start of every step, (steps, lanes)."""
     t = p.t[:-1]
+    if not callable(tau) and (isinstance(tau, (str, bool)) or np.ndim(tau)):
+        raise ValueError(f"tau must be a number in [0, 10], or a function of t with such values, got {tau!r}")
     value = np.broadcast_to(np.asarray(tau(t) if callable(tau) else tau, dtype=np.float64), t.shape)
     if not (np.isfinite(value).all() and (value >= 0).all() and (value <= 10).all()):
         raise ValueError(f"tau must be a number in [0, 10], or a function of t with such values, got {tau!r}")

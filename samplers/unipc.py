@@ -9,6 +9,8 @@ e^h - 1 ("bh2"). The network is not called again at the corrected point, so a st
 
 from __future__ import annotations
 
+import numpy as np
+
 from .multistep import Known, advance, check_choice, check_order, correct, leave_alpha_zero
 from .program import Program, solver
 from .table import Table
@@ -45,6 +47,8 @@ def unipc(
     check_choice("rule", rule, ("bh1", "bh2"))
     check_choice("form", form, ("x0", "eps"))
     check_choice("final", final, ("lower", "auto"))
+    if not isinstance(corrector, (bool, np.bool_)):
+        raise ValueError(f"corrector must be True or False, got {corrector!r}")
     p = Program(path, times)
     x = p.start()
     known: Known = []

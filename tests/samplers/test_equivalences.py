@@ -8,7 +8,21 @@ import torch
 
 from fewstep.models import GaussianMixture, paths
 from fewstep.samplers import (
-    Program, ddim, ddpm, deis, dpm, dpmpp, ersde, grids, ipndm, ipndm_v, multistep, sa, sample, sde_dpmpp, starting_noise,
+    Program,
+    ddim,
+    ddpm,
+    deis,
+    dpm,
+    dpmpp,
+    ersde,
+    grids,
+    ipndm,
+    ipndm_v,
+    multistep,
+    sa,
+    sample,
+    sde_dpmpp,
+    starting_noise,
     unipc,
 )  # fmt: skip
 
@@ -23,7 +37,7 @@ CLEAN = [(name, grid) for name in PATHS for grid in ("uniform", "logsnr", "karra
 
 
 def in_x0(table, path) -> np.ndarray:
-    """Every point over (noise, x0_1 .. x0_R, z_0 .. z_R): eps and v outputs replaced by what they are of x0 and the point."""
+    """Every point over (noise, x0_1 .. x0_R, z_0 .. z_R): eps and v outputs written as x0 and the point."""
     rows = table.calls
     unit = np.eye(1 + rows + rows + 1)
     x = y = unit[0]

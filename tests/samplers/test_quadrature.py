@@ -108,12 +108,11 @@ def phi(k: int, z: float) -> mpmath.mpf:
 @pytest.mark.parametrize("h", [1e-4, 1e-2, 0.3, 2.0])
 @pytest.mark.parametrize("form", ["x0", "eps"])
 def test_three_nodes_over_lam_are_the_phi_functions(form, h):
-    """b = A0 m + A1 m' + A2 m'' with A_m = +-G m! h phi_{m+1}(-+h), also where h^-3 eats all digits of a naive formula."""
+    """Moments +-G m! h phi_{m+1}(-+h), also where h^-3 would eat all digits of the recurrence for phi."""
     path = PATHS["edm"]
-    s, n, nodes = (at(math.exp(-v * h)) for v in (0.0, 1.0)), None, None
-    s, n = s
-    nodes = [at(math.exp(v * h)) for v in (0.0, 0.8, 2.1)]
     r = [0.0, -0.8, -2.1]
+    nodes = [at(math.exp(-v * h)) for v in r]
+    s, n = nodes[0], at(math.exp(-h))
     moments = [
         (float(path.alpha(n)[0]) * math.factorial(m) * h * phi(m + 1, -h)) if form == "x0"
         else (-float(path.sigma(n)[0]) * math.factorial(m) * h * phi(m + 1, h))
