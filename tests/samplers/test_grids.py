@@ -82,8 +82,8 @@ def test_noise_levels_are_those_of_diffusers(spread, n):
         "DPMSolverMultistepScheduler", n, **{f"use_{spread}_sigmas": True}
     ).sigmas.numpy()
     ours = path.rho(getattr(grids, spread)(path, n))
-    # theirs comes of 1 - alphas_cumprod in float32: 6e-8 of it is 3e-6 of sigma at its smallest, 0.01
-    assert ours == pytest.approx(theirs, rel=2e-5, abs=3e-6)
+    # theirs spreads from sqrt(1 / alphas_cumprod - 1) in float32, off by 8e-5 of itself at its smallest, 0.01
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 30])
