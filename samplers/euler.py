@@ -14,8 +14,10 @@ from .table import Table
 
 
 @solver(paper="2206.00364, 2209.03003", calls="1", order=1)
-def euler(path, times, form: str = "eps") -> Table:
+def euler(path, times, form: str = "auto") -> Table:
     """Euler in rho (``form="eps"``, EDM's) or in t ("v", the flow's); its ancestral form is ``ddim(eta=1)``.
+
+    The samples are the same in every form; "auto" is v on a flow and else eps.
 
     >>> import numpy as np
     >>> from fewstep.models import paths
@@ -24,7 +26,7 @@ def euler(path, times, form: str = "eps") -> Table:
     >>> bool(np.allclose(euler(path, times).unrolled().noise, 80.0))
     True
     """
-    check_form(path, form)
+    form = check_form(path, form)
     p = Program(path, times)
     x = p.start()
     for i in range(p.steps):

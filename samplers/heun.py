@@ -44,14 +44,15 @@ def churned(
 def heun(
     path,
     times,
-    form: str = "eps",
+    form: str = "auto",
     s_churn: float = 0.0,
     s_min: float = 0.0,
     s_max: float = math.inf,
     s_noise: float = 1.0,
 ) -> Table:
-    """EDM's Heun, deterministic or with churn (``s_churn``, while ``s_min <= rho <= s_max``); "v": the flow's.
+    """EDM's Heun, deterministic or with churn (``s_churn``, while ``s_min <= rho <= s_max``); on a flow, the flow's.
 
+    ``form="auto"`` averages eps over a step in rho, and on a flow v over one in t.
     ``s_noise`` other than 1 makes the marginals a little too wide (or narrow) on purpose. No churn leads above t_max.
 
     >>> from fewstep.models import paths
@@ -60,7 +61,7 @@ def heun(
     >>> heun(path, grids.karras(path, 18)).calls, heun(path, grids.karras(path, 18), s_churn=30.0).stochastic
     (35, True)
     """
-    check_form(path, form)
+    form = check_form(path, form)
     for name, value in {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}.items():
         if not value >= 0:
             raise ValueError(f"{name} must not be negative, got {value!r}")

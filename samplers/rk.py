@@ -71,13 +71,12 @@ def weighted(factors: Sequence[float], values: Sequence[Value]) -> Value:
 def rk_step(p: Program, x: Value, s: np.ndarray, n: np.ndarray, tableau: Tableau, form: str) -> Value:
     """One step from time s to n (lanes,).
 
-    To sigma = 0 it is first order, as in EDM: a stage there would ask the network for noise that is not there. On a
-    path that begins at alpha = 0 the clock rho begins at infinity, where no method keeps its order: there eps-form
-    steps are written in x0, with the clock 1/rho, as long as the noise is the larger part.
+    To sigma = 0 it is first order, as in EDM: a stage there would ask the network for noise that is not there. An
+    eps-form step from alpha = 0 in any lane is written in x0, whose clock 1/rho is finite there.
     """
     if (p.path.sigma(n) == 0).any():
         tableau = TABLEAUS["1euler"]
-    if form == "eps" and not np.isfinite(p.path.rho(p.path.t_max)) and (p.path.rho(s) > 1).any():
+    if form == "eps" and (p.path.alpha(s) == 0).any():
         form = "x0"
     d = [p.call(x, t=s, form=form)]
     for c, row in zip(tableau.nodes[1:], tableau.a, strict=True):
@@ -87,19 +86,21 @@ def rk_step(p: Program, x: Value, s: np.ndarray, n: np.ndarray, tableau: Tableau
     return decay(p.path, s, n, form) * x + total(p.path, s, n, form) * weighted(tableau.b, d)
 
 
-def check_form(path: Path, form: str) -> None:
-    """eps, x0, or v where dx/dt is constant for a point mass; else ``ValueError``."""
-    check_choice("form", form, ("eps", "x0", "v"))
+def check_form(path: Path, form: str) -> str:
+    """eps, x0, or v where dx/dt is constant for a point mass, else ``ValueError``; "auto": v on a flow, else eps."""
+    check_choice("form", form, ("auto", "eps", "x0", "v"))
     if form == "v" and path.name not in ("flow", "edm"):
         raise ValueError(f"form='v' (dx/dt) needs a straight path: flow or edm, got {path.name}")
+    return ("v" if path.name == "flow" else "eps") if form == "auto" else form
 
 
 @solver(paper="2204.13902", calls="the number in method", order=lambda o: TABLEAUS[o["method"]].order)
-def rk(path, times, method: str = "3kutta", form: str = "eps") -> Table:
-    """Runge-Kutta in rho (``form="eps"``: DEIS' rhoRK), in the SNR's root ("x0") or in t ("v", straight paths).
+def rk(path, times, method: str = "3kutta", form: str = "auto") -> Table:
+    """Runge-Kutta in rho (``form="eps"``: DEIS' rhoRK), in 1/rho ("x0") or in t ("v"); "auto": v on a flow, else eps.
 
     ``method`` is one of 1euler, 2heun, 2mid, 2ralston, 3kutta, 3heun, 3ralston, 3ssp, 4. N steps of s stages down to
-    sigma = 0 make s (N - 1) + 1 calls.
+    sigma = 0 make s (N - 1) + 1 calls. From a flow's t = 1, where rho is infinite, the eps-form is of second order
+    whatever the method; x0 and v keep theirs.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids
@@ -107,7 +108,7 @@ def rk(path, times, method: str = "3kutta", form: str = "eps") -> Table:
     13
     """
     check_choice("method", method, tuple(TABLEAUS))
-    check_form(path, form)
+    form = check_form(path, form)
     p = Program(path, times)
     x = p.start()
     for i in range(p.steps):
