@@ -40,10 +40,10 @@ Known = list[tuple[Value, np.ndarray]]  # stored outputs and their times, newest
 
 
 def advance(p: Program, x: Value, s: np.ndarray, n: np.ndarray, known: Known, form: str, variable: str,
-            kernel: np.ndarray | float = 1.0, rule: str = "exact") -> Value:  # fmt: skip
+            kernel: np.ndarray | float = 1.0, rule: str = "exact", limit: bool = False) -> Value:  # fmt: skip
     """The exponential-integrator step from time s to n over ``known`` outputs, without its noise."""
     step = decay(p.path, s, n, form, kernel) * x
-    all_b = weights(p.path, s, n, [t for _, t in known], form, variable, kernel, rule)
+    all_b = weights(p.path, s, n, [t for _, t in known], form, variable, kernel, rule, limit)
     for (d, _), b in zip(known, all_b, strict=True):
         step = step + b * d
     return step
@@ -100,7 +100,7 @@ def runge_kutta(p: Program, x: Value, i: int, d: Value, form: str, order: int) -
 def adams(path: Path, times: Any, form: str, variable: str, nodes: int, rule: str = "exact", final: str = "auto",
           start: str = "lower") -> Table:  # fmt: skip
     """The table of a deterministic multistep solver; what the named members of the family call."""
-    check_choice("final", final, ("auto", "lower"))
+    check_choice("final", final, ("auto", "lower", "full"))
     check_choice("start", start, ("lower", "rk"))
     p = Program(path, times)
     x = p.start()
@@ -115,13 +115,13 @@ def adams(path: Path, times: Any, form: str, variable: str, nodes: int, rule: st
             x = runge_kutta(p, x, i, d, form, nodes - 1)
         else:
             use = known[: p.steps - i] if final == "lower" else known
-            x = advance(p, x, p.t[i], p.t[i + 1], use, form, variable, rule=rule)
+            x = advance(p, x, p.t[i], p.t[i + 1], use, form, variable, rule=rule, limit=final == "full")
     return p.table(x)
 
 
 def adams_order(nodes: int, options: dict) -> int:
     """The order of convergence of ``adams``: a first-order first or last step holds it at 2."""
-    return nodes if options.get("start") == "rk" and options["final"] == "auto" else min(nodes, 2)
+    return nodes if options.get("start") == "rk" and options["final"] != "lower" else min(nodes, 2)
 
 
 @solver(paper="2204.13902, 2211.01095, 2302.04867", calls="1", order=lambda o: adams_order(o["nodes"], o))
@@ -137,9 +137,10 @@ def multistep(
     """Adams-Bashforth over the last ``nodes`` outputs, in any form and interpolation variable.
 
     ``final="lower"`` lets the order fall by one a step towards the end (first order last), as DPM-Solver++ does below
-    15 steps; ``"auto"`` keeps the full order, except for a last step to sigma = 0 that has none. ``start="lower"`` lets
-    the order rise from one; ``"rk"`` makes the first nodes - 1 steps by a Runge-Kutta method of order nodes - 1, in
-    (nodes - 1)(nodes - 2) calls more: for beginning midway, where the first steps matter.
+    15 steps; ``"auto"`` keeps the full order, except over lam and snr, infinite there, in a last step to sigma = 0;
+    ``"full"`` keeps it there too where the weights have a limit (eps and v over lam), which often extrapolates badly.
+    ``start="lower"`` lets the order rise from one; ``"rk"`` makes the first nodes - 1 steps by a Runge-Kutta method of
+    order nodes - 1, in (nodes - 1)(nodes - 2) calls more: for beginning midway, where the first steps matter.
     """
     check_choice("form", form, ("eps", "x0", "v"))
     check_choice("variable", variable, VARIABLES)

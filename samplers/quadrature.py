@@ -125,11 +125,13 @@ def weights(
     variable: str,
     kernel: np.ndarray | float = 1.0,
     rule: str = "exact",
+    limit: bool = True,
 ) -> list[np.ndarray]:
     """b_j for a step from times s to n (lanes,), with d known at the times ``nodes``, each (lanes,).
 
     A node where the variable is infinite (lam or rho at alpha = 0) has weight 0: it drops out, as in the limit. Where
-    no limit exists (x0 over lam, down to sigma = 0) the step is first order.
+    no limit exists (x0 over lam, down to sigma = 0) the step is first order; with ``limit=False`` it is so wherever lam
+    is infinite at the end, since a polynomial in lam extrapolates badly to there.
 
     ``rule`` names the weights that published codes use in place of the exact moment of highest degree, over lam:
     "bh1" and "bh2" with two nodes; "shipped" is "bh2" with two nodes, and with three half of the second moment.
@@ -143,11 +145,11 @@ def weights(
     for kind in np.unique(finite, axis=1).T:  # lanes that have the same limits to take
         lanes = (finite == kind[:, None]).all(axis=0)
         cut = [node[lanes] for node in nodes]
-        answer[:, lanes] = _weights(path, s[lanes], n[lanes], cut, form, variable, kernel[lanes], rule)
+        answer[:, lanes] = _weights(path, s[lanes], n[lanes], cut, form, variable, kernel[lanes], rule, limit)
     return list(answer)
 
 
-def _weights(path, s, n, nodes, form, variable, kernel, rule) -> np.ndarray:
+def _weights(path, s, n, nodes, form, variable, kernel, rule, limit) -> np.ndarray:
     whole = total(path, s, n, form, kernel)
     if rule not in ("exact", "shipped", "bh1", "bh2"):
         raise ValueError(f"rule must be exact, shipped, bh1 or bh2, got {rule!r}")
@@ -157,7 +159,7 @@ def _weights(path, s, n, nodes, form, variable, kernel, rule) -> np.ndarray:
     if len(nodes) == 2 and rule != "exact":
         return _pair(path, s, n, nodes, form, kernel, rule, whole)
     # down to sigma = 0 only t and rho have polynomials that all forms can integrate; eps and v can also do with lam
-    open_ended = variable == "snr" or (variable == "lam" and form == "x0")
+    open_ended = variable == "snr" or (variable == "lam" and (form == "x0" or not limit))
     if len(usable) <= 1 or (open_ended and not np.isfinite(path.lam(n)).all()):
         answer[usable[0] if usable else 0] = whole
         return answer

@@ -34,8 +34,7 @@ def unipc(
     """UniPC of order 1 to 4, bh1 or bh2, in x0 or eps form; without its corrector it is UniP.
 
     With ``final="lower"`` step i of N has order min(order, i + 1, N - i), as published; with ``"auto"`` only a last
-    step to sigma = 0 is lowered, to first order, where the weights have no limit. The result of the last step is not
-    corrected: that would cost a call.
+    step to sigma = 0 is lowered, to first order. The result of the last step is not corrected: that would cost a call.
 
     >>> from fewstep.models import paths
     >>> from fewstep.samplers import grids

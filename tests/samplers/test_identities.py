@@ -24,7 +24,8 @@ PATHS = {
 # every option that is tried beside its default, wherever a solver has it
 VARIATIONS = {
     "order": (1, 2, 3, 4), "nodes": (1, 2, 4), "form": ("eps", "x0", "v"), "variable": ("t", "rho", "lam", "snr", "vp"),
-    "weight": ("exact",), "rule": ("bh1",), "final": ("auto", "lower"), "start": ("rk",), "corrector": (False, 0, 1, 3),
+    "weight": ("exact",), "rule": ("bh1",), "final": ("auto", "lower", "full"), "start": ("rk",),
+    "corrector": (False, 0, 1, 3),
     "predictor": (1, 3), "tau": (0.0, 0.6), "between": ((0.1, 1.0),), "eta": (0.0, 0.5, 1.0), "variant": ("simple",),
     "scale": ("ode", "sde", lambda q: q**1.5),
 }  # fmt: skip

@@ -124,8 +124,13 @@ def test_which_tables_end_at_first_order():
         for form in ("x0", "eps") for variable in ("t", "rho", "lam", "snr")
     }  # fmt: skip
     first_order = {key for key, terms in last.items() if terms == 1}
-    assert first_order == {("x0", "lam"), ("x0", "snr"), ("eps", "snr")}
+    assert first_order == {(form, variable) for form in ("x0", "eps") for variable in ("lam", "snr")}
     assert set(last.values()) == {1, 3}
+    full = {
+        (form, variable): int((multistep(path, times, form=form, variable=variable, final="full").b[-1] != 0).sum() / 2)
+        for form in ("x0", "eps") for variable in ("lam", "snr")
+    }  # fmt: skip
+    assert full == {("x0", "lam"): 1, ("x0", "snr"): 1, ("eps", "lam"): 3, ("eps", "snr"): 1}
 
 
 def nodes_used(table) -> list[int]:
@@ -260,7 +265,7 @@ def test_er_sde_scales():
     ("multistep", {"variable": "logrho"}, "variable must be one of t, rho, lam, snr"),
     ("multistep", {"form": "score"}, "form must be one of eps, x0, v"),
     ("multistep", {"form": "v"}, "straight path"),
-    ("multistep", {"final": "zero"}, "final must be one of auto, lower"),
+    ("multistep", {"final": "zero"}, "final must be one of auto, lower, full"),
     ("multistep", {"start": "warm"}, "start must be one of lower, rk"),
     ("multistep", {"order": 3}, "its options are: form, variable, nodes"),
     ("deis", {"order": 5}, "order must be an integer in 1 .. 4"),
