@@ -9,8 +9,9 @@ from fewstep.models import paths
 
 
 def run(table, path, start, x0_of, z=lambda row: 0.0, seen=None):
-    """The result from an opening ``start`` (in place of row 0), with x0_of(y, t) as the network; any array will do."""
-    x = y = start
+    """The result from ``start``, in place of sigma_0 noise, with x0_of(y, t) as the network; any array will do."""
+    scale = table.a[0, 0].sum(axis=-1) / path.sigma(float(table.times[0]))
+    x, y = (scale[k] * start + (table.c[0, 0, k] * z(-1) if table.c[0].any() else 0.0) for k in (0, 1))
     d = [0.0] * table.slots
     for row in range(table.calls):
         t = float(table.t[row, 0])

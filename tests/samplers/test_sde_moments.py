@@ -1,6 +1,6 @@
 """Stochastic solvers on Gaussian data, where all is linear: moments through the table's coefficients, no Monte Carlo.
 
-A state is the vector of its coefficients over (1, opening noise, z_1 .. z_R); its mean is the first, its variance the
+A state is the vector of its coefficients over (1, opening noise, z_0 .. z_R); its mean is the first, its variance the
 sum of the other squares.
 """
 
@@ -17,7 +17,7 @@ SIZES = ((60, 120), (160, 320))  # the second for what is not yet in the asympto
 
 def moments(table, path, begin, run_table, mean, variance, everywhere=False):
     """(mean, variance) of the result, or of every call's point with its time, from the exact marginal at ``begin``."""
-    width = table.calls + 2
+    width = table.calls + 3
     one = np.eye(width)[0]
 
     def x0_of(y, t):
@@ -27,7 +27,7 @@ def moments(table, path, begin, run_table, mean, variance, everywhere=False):
     alpha, sigma = path.alpha(begin), path.sigma(begin)
     start = alpha * mean * one + np.sqrt(alpha**2 * variance + sigma**2) * np.eye(width)[1]
     seen = []
-    x = run_table(table, path, start, x0_of, lambda row: np.eye(width)[2 + row], seen)
+    x = run_table(table, path, start, x0_of, lambda row: np.eye(width)[3 + row], seen)
     if everywhere:
         return [(t, y[0], (y[1:] ** 2).sum()) for t, y in seen]
     return np.array([x[0], (x[1:] ** 2).sum()])
