@@ -1,8 +1,8 @@
 """What a step costs outside the network: ours against diffusers' ``scheduler.step``, interleaved in one process.
 
 The network is a constant tensor, the state 4 x 4 x 64 x 64 float32, one thread. A reading is one whole trajectory of
-``--steps`` steps, divided by their number; theirs without ``set_timesteps``, ours with ``init``. ``sample`` is the loop as
-users call it: it also checks every output for finiteness.
+``--steps`` steps, divided by their number; theirs without ``set_timesteps``, ours with ``init``. ``sample`` is the
+loop as users call it: it also checks every output for finiteness.
 
     OMP_NUM_THREADS=1 python benchmarks/step_overhead.py --out step_overhead.json
 """
@@ -18,7 +18,12 @@ from fewstep.eval import bench
 from fewstep.models import Denoiser, paths
 from fewstep.samplers import ddim, deis, dpmpp, grids, init, sample, step, unipc
 
-PAIRS = {"deis 3": "DEISMultistep 3", "unipc 2": "UniPCMultistep 2", "dpmpp 2M": "DPMSolverMultistep 2M", "ddim": "DDIM"}
+PAIRS = {
+    "deis 3": "DEISMultistep 3",
+    "unipc 2": "UniPCMultistep 2",
+    "dpmpp 2M": "DPMSolverMultistep 2M",
+    "ddim": "DDIM",
+}
 
 WARMUP = 3
 
@@ -85,7 +90,12 @@ def measure(steps: int = 20, repeats: int = 30) -> dict:
     for mine, other in PAIRS.items():
         for name in (mine, f"{mine}, sample"):
             pairs = sorted(a / b for a, b in zip(rounds[name], rounds[other]))
-            ratios[name] = {"against": other, "median": pairs[len(pairs) // 2], "low": pairs[0], "high": pairs[-1]}
+            ratios[name] = {
+                "against": other,
+                "median": pairs[len(pairs) // 2],
+                "low": pairs[0],
+                "high": pairs[-1],
+            }
     return {"steps": steps, "repeats": repeats, "seconds_a_step": middle, "ratios": ratios}
 
 
@@ -95,12 +105,17 @@ def show(result: dict) -> str:
     lines = [f"{'ours':<18} {'us a step':>9}   {'diffusers':<22} {'us a step':>9}   {'ratio':>5}"]
     for name, ratio in result["ratios"].items():
         other = ratio["against"]
-        lines.append(f"{name:<18} {seconds[name] * 1e6:>9.1f}   {other:<22} {seconds[other] * 1e6:>9.1f}   {ratio['median']:>5.2f}")
+        lines.append(
+            f"{name:<18} {seconds[name] * 1e6:>9.1f}   {other:<22} {seconds[other] * 1e6:>9.1f}   "
+            f"{ratio['median']:>5.2f}"
+        )
     return "\n".join([*lines, f"one axpy: {seconds['one axpy'] * 1e6:.1f} us"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The cost of a step outside the network, beside diffusers' schedulers.")
+    parser = argparse.ArgumentParser(
+        description="The cost of a step outside the network, beside diffusers' schedulers."
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--out", help="also write JSON here")

@@ -1,12 +1,12 @@
 """The one loop: ``sample`` folds ``step`` over a table's rows, starting from what ``init`` makes of unit noise.
 
-    >>> import torch
-    >>> from fewstep.models import GaussianMixture, paths
-    >>> from fewstep.samplers import ddim, grids, sample, starting_noise
-    >>> d = GaussianMixture([1.0], [[2.0, 0.0]], [1e-12]).denoiser(paths.flow())      # all data at one point
-    >>> x = sample(d, starting_noise(0, 3, (2,)), ddim(d.path, grids.uniform(d.path, 5)))
-    >>> bool((x - torch.tensor([2.0, 0.0])).abs().max() < 1e-5)
-    True
+>>> import torch
+>>> from fewstep.models import GaussianMixture, paths
+>>> from fewstep.samplers import ddim, grids, sample, starting_noise
+>>> d = GaussianMixture([1.0], [[2.0, 0.0]], [1e-12]).denoiser(paths.flow())      # all data at one point
+>>> x = sample(d, starting_noise(0, 3, (2,)), ddim(d.path, grids.uniform(d.path, 5)))
+>>> bool((x - torch.tensor([2.0, 0.0])).abs().max() < 1e-5)
+True
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one call saw: the point ``y`` it was made at, the network's ``outputs``, and x0 if a transform changed it."""
+    """What one call saw: the point ``y``, the network's ``outputs`` there, and x0 where a transform changed it."""
 
     row: int | torch.Tensor
     t: float | torch.Tensor
@@ -71,19 +71,34 @@ class Info(NamedTuple):
         return torch.isfinite(_total(self.outputs))
 
 
-def init(table: Table | Plan, noise: torch.Tensor, ids: torch.Tensor | None = None, lane: int | torch.Tensor = 0, seed: int = 0) -> State:
+def init(
+    table: Table | Plan,
+    noise: torch.Tensor,
+    ids: torch.Tensor | None = None,
+    lane: int | torch.Tensor = 0,
+    seed: int = 0,
+) -> State:
     """The opening state from standard normal ``noise`` (B, ...); the state is float32 unless the noise is float64."""
     table = table.table if isinstance(table, Plan) else table
     if not isinstance(table, Table):
-        raise TypeError(f"table must be a Table or a Plan, e.g. ddim(d.path, times), got {type(table).__name__}")
+        raise TypeError(
+            f"table must be a Table or a Plan, e.g. ddim(d.path, times), got {type(table).__name__}"
+        )
     if not isinstance(noise, torch.Tensor) or not noise.is_floating_point() or noise.ndim < 2:
-        got = f"{noise.dtype} of shape {tuple(noise.shape)}" if isinstance(noise, torch.Tensor) else type(noise).__name__
+        got = (
+            f"{noise.dtype} of shape {tuple(noise.shape)}"
+            if isinstance(noise, torch.Tensor)
+            else type(noise).__name__
+        )
         raise ValueError(f"noise must be a floating-point tensor (batch, ...) of standard normals, got {got}")
     noise = noise if noise.dtype == torch.float64 else noise.float()
     batch, device = noise.shape[0], noise.device
     ids = torch.arange(batch, device=device) if ids is None else check_ids(ids, batch).to(device)
     lane = _check_lane(lane, table.lanes, batch)
-    a, c = torch.as_tensor(table.a[0].sum(-1)), torch.as_tensor(table.c[0].copy())  # both registers hold the noise
+    a, c = (
+        torch.as_tensor(table.a[0].sum(-1)),
+        torch.as_tensor(table.c[0].copy()),
+    )  # both registers hold the noise
     z = normal(seed, ids, noise.shape[1:], 0, STEP, noise.dtype) if c.any() else None
     registers = []
     for out in (0,) if joined(table)[0] else (0, 1):
@@ -100,7 +115,9 @@ def _check_lane(lane: int | torch.Tensor, lanes: int, batch: int) -> int | torch
     """An int or one a sample, on the CPU; else ``ValueError``."""
     if isinstance(lane, torch.Tensor):
         if lane.shape != (batch,) or lane.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"lane must be an int or integers of shape ({batch},), got {lane.dtype} of shape {tuple(lane.shape)}")
+            raise ValueError(
+                f"lane must be an int or integers of shape ({batch},), got {lane.dtype} of shape {tuple(lane.shape)}"
+            )
         lane = lane.cpu()
         if batch and not 0 <= int(lane.min()) <= int(lane.max()) < lanes:
             raise ValueError(f"lane must lie in 0 .. {lanes - 1}, got {lane.tolist()}")
@@ -124,33 +141,44 @@ def step(
     """One network call and the row that follows it.
 
     ``state.row`` and ``lane`` are ints, or tensors with one entry a sample. ``transform(x0, t)`` clips or otherwise
-    changes the estimate of x0 before it is stored. ``z`` replaces the row's own noise. Given a ``Table`` the plan is made
-    anew in every call: who steps by hand makes it once, ``plan = table.on(d, device)``.
+    changes the estimate of x0 before it is stored. ``z`` replaces the row's own noise. Given a ``Table`` the plan is
+    made anew in every call: who steps by hand makes it once, ``plan = table.on(d, device)``.
     """
     plan = table if isinstance(table, Plan) else table.on(d, state.x.device)
     if isinstance(state.row, int) and isinstance(lane, int):
         if not 0 <= state.row < plan.table.calls:
-            raise ValueError(f"the table has {plan.table.calls} calls and state.row is {state.row}: sampling is over, init() begins anew")
+            raise ValueError(
+                f"the table has {plan.table.calls} calls and state.row is {state.row}: "
+                "sampling is over, init() begins anew"
+            )
         return _step_together(d, plan, state, cond or {}, seed, lane, transform, z)
     return _step_apart(d, plan, state, cond or {}, seed, lane, transform, z)
 
 
-def _call(d: Denoiser, plan: Plan, state: State, row, t, cond: Mapping, transform) -> tuple[Info, tuple[torch.Tensor, ...]]:
+def _call(
+    d: Denoiser, plan: Plan, state: State, row, t, cond: Mapping, transform
+) -> tuple[Info, tuple[torch.Tensor, ...]]:
     """The network's answer, and what the row's weights are for: its outputs, or an x0 of ours."""
     outputs = d.raw(state.y, t, **cond) if plan.affine else (d(state.y, t, **cond),)
     for output in outputs:
         if output.shape != state.y.shape:
-            raise ValueError(f"the network answered shape {tuple(output.shape)} to an input of shape {tuple(state.y.shape)}")
+            raise ValueError(
+                f"the network answered shape {tuple(output.shape)} to an input of shape {tuple(state.y.shape)}"
+            )
     info = Info(row, t, state.y, outputs, d)
     if transform is None:
         return info, outputs
     x0 = transform(info.x0, t)
     if x0.shape != state.y.shape:
-        raise ValueError(f"transform answered shape {tuple(x0.shape)} to an x0 of shape {tuple(state.y.shape)}")
+        raise ValueError(
+            f"transform answered shape {tuple(x0.shape)} to an x0 of shape {tuple(state.y.shape)}"
+        )
     return info._replace(transformed=x0), (x0,)
 
 
-def _step_together(d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane: int, transform, z) -> tuple[State, Info]:
+def _step_together(
+    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane: int, transform, z
+) -> tuple[State, Info]:
     x, y, history, index, ids = state
     row = plan.row(index, lane, transform is not None)
     info, outputs = _call(d, plan, state, index, row.t, cond, transform)
@@ -182,7 +210,9 @@ def _combine(sources: list, terms: Terms) -> torch.Tensor:
     return out
 
 
-def _step_apart(d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane, transform, z) -> tuple[State, Info]:
+def _step_apart(
+    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane, transform, z
+) -> tuple[State, Info]:
     """Samples at rows (and lanes) of their own: the same sums in the same order, every weight one a sample."""
     batch, device, dtype = state.x.shape[0], state.x.device, state.x.dtype
     index = torch.as_tensor(state.row, device=device).expand(batch)
@@ -202,7 +232,7 @@ def _step_apart(d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int,
 
 
 def _combine_apart(sources: list, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted sum with weights (B, sources). ``addcmul`` rounds as an axpy does, so the bits are those of ``_combine``."""
+    """The sum with weights (B, sources). ``addcmul`` rounds as an axpy does: the bits are those of ``_combine``."""
     like, out = sources[X], None
     for source, weight in zip(sources, weights.unbind(1), strict=True):
         if source is not None:
@@ -255,13 +285,17 @@ def sample(
         check: when a non-finite network output is reported: at the end (one wait on a GPU), at once, or never.
     """
     if not isinstance(d, Denoiser):
-        raise TypeError(f"d must be a Denoiser, e.g. load('digits') or Denoiser(call, path), got {type(d).__name__}")
+        raise TypeError(
+            f"d must be a Denoiser, e.g. load('digits') or Denoiser(call, path), got {type(d).__name__}"
+        )
     if grad not in ("none", "last", "all"):
         raise ValueError(f"grad must be 'none', 'last' or 'all', got {grad!r}")
     if check not in ("end", "each", "off"):
         raise ValueError(f"check must be 'end', 'each' or 'off', got {check!r}")
     if d.shape is not None and isinstance(noise, torch.Tensor) and tuple(noise.shape[1:]) != d.shape:
-        raise ValueError(f"noise must have shape (batch, {', '.join(map(str, d.shape))}) for this model, got {tuple(noise.shape)}")
+        raise ValueError(
+            f"noise must have shape (batch, {', '.join(map(str, d.shape))}) for this model, got {tuple(noise.shape)}"
+        )
     with torch.set_grad_enabled(grad == "all"):
         state = init(table, noise, ids, lane, seed)
     plan = table if isinstance(table, Plan) else table.on(d, noise.device)
@@ -289,11 +323,15 @@ def _bar(calls: int, progress: bool):
     return tqdm(range(calls), desc="sampling", unit="call")
 
 
-def _raise_unless_finite(totals: list[torch.Tensor], plan: Plan, first: int, lane: int | torch.Tensor) -> None:
+def _raise_unless_finite(
+    totals: list[torch.Tensor], plan: Plan, first: int, lane: int | torch.Tensor
+) -> None:
     finite = torch.isfinite(torch.stack(totals))
     if bool(finite.all()):
         return
     row = first + int((~finite).float().argmax())
     lane = lane if isinstance(lane, int) else int(lane[0])
     t, sigma = plan.table.t[row, lane], plan.table.sigma[row, lane]
-    raise ValueError(f"the network's output is not finite at step {row} of {plan.table.calls}, t = {t:g}, sigma = {sigma:g}")
+    raise ValueError(
+        f"the network's output is not finite at step {row} of {plan.table.calls}, t = {t:g}, sigma = {sigma:g}"
+    )

@@ -2,7 +2,7 @@
 
 A row is three weighted sums over one list of tensors, the *sources* (x, y, z, history .., network outputs ..): what is
 stored, x' and y'. Where a stored output is never read after its own row, nothing is stored and x', y' are made of the
-network's outputs directly. For a batch that walks in step the weights are Python floats and a row is a handful of axpys;
+network's outputs directly. For a batch that walks in step the weights are Python floats, a row a handful of axpys;
 where samples differ in row or lane the same weights are gathered, one set a sample, from tensors on the device.
 """
 
@@ -23,8 +23,8 @@ Terms = tuple[tuple[int, float], ...]  # (source, weight) ..
 
 
 class Row(NamedTuple):
-    """One network call and what follows it, for a whole batch: ``new`` goes into ``slot`` (None: nowhere); ``y`` is None
-    where y' = x'."""
+    """One network call and what follows it, for a whole batch: ``new`` goes into ``slot`` (None: nowhere);
+    ``y`` is None where y' = x'."""
 
     t: float
     draws: bool
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """The same, one set a sample: t and slot (B,), the weights (B, sources); ``y`` is None where y' = x' in every row."""
+    """The same, one set a sample: t and slot (B,), weights (B, sources); ``y`` is None where y' = x' throughout."""
 
     t: torch.Tensor
     slot: torch.Tensor
@@ -53,8 +53,9 @@ class Weights(NamedTuple):
 
 
 class Plan:
-    """``table.on(d, device)``. ``affine`` says whether the network's own outputs are used or d(x, t); ``outputs`` how many
-    they are; ``joined[r]`` that rows r = 0 .. R leave y' = x'; ``kept[r]`` that what call r stores is read later."""
+    """``table.on(d, device)``. ``affine`` says whether the network's own outputs are used or d(x, t); ``outputs``
+    how many they are; ``joined[r]`` that row r = 0 .. R leaves y' = x'; ``kept[r]`` that call r is read again later.
+    """
 
     def __init__(self, table: Table, d: Denoiser, device: torch.device):
         self.table, self.path, self.device = table, d.path, device
@@ -68,24 +69,36 @@ class Plan:
         self._tensors: dict[tuple[torch.dtype, bool], Gathered] = {}
 
     def row(self, index: int, lane: int = 0, from_x0: bool = False) -> Row:
-        """Call ``index`` (from 0) and what follows it; ``from_x0``: made from an estimate of x0, not from the outputs."""
+        """Call ``index`` (from 0) and what follows it; ``from_x0``: made of an estimate of x0, not of outputs."""
         key = (index, lane, from_x0)
         if key not in self._rows:
             new, x, y = (_nonzero(w[index, lane]) for w in self.weights(from_x0))
             draws = any(source == Z for source, _ in (*x, *y))
             slot = int(self.table.slot[index]) if self.kept[index] else None
-            self._rows[key] = Row(float(self.table.t[index, lane]), draws, slot, new, x, None if self.joined[index + 1] else y)
+            self._rows[key] = Row(
+                float(self.table.t[index, lane]), draws, slot, new, x, None if self.joined[index + 1] else y
+            )
         return self._rows[key]
 
-    def gather(self, index: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype, from_x0: bool = False) -> Gathered:
+    def gather(
+        self, index: torch.Tensor, lane: torch.Tensor, dtype: torch.dtype, from_x0: bool = False
+    ) -> Gathered:
         """Calls ``index`` (B,) in lanes ``lane`` (B,), as tensors."""
         if (dtype, from_x0) not in self._tensors:
             new, x, y = (torch.as_tensor(w).to(self.device, dtype) for w in self.weights(from_x0))
             # t stays float64: it is rounded by whoever knows what the network wants
-            t, slot = (torch.as_tensor(array.copy()).to(self.device) for array in (self.table.t, self.table.slot))
+            t, slot = (
+                torch.as_tensor(array.copy()).to(self.device) for array in (self.table.t, self.table.slot)
+            )
             self._tensors[dtype, from_x0] = Gathered(t, slot, new, x, None if self.joined.all() else y)
         t, slot, new, x, y = self._tensors[dtype, from_x0]
-        return Gathered(t[index, lane], slot[index], new[index, lane], x[index, lane], None if y is None else y[index, lane])
+        return Gathered(
+            t[index, lane],
+            slot[index],
+            new[index, lane],
+            x[index, lane],
+            None if y is None else y[index, lane],
+        )
 
     def weights(self, from_x0: bool) -> Weights:
         """The weights of every row, in float64."""
@@ -94,7 +107,7 @@ class Plan:
         return self._weights[from_x0]
 
     def _conversion(self, d: Denoiser | None) -> tuple[np.ndarray, np.ndarray]:
-        """P (R, L) and Q (R, L, m) with  form = P y + sum Q_i F_i  in every row; without ``d``, F is an estimate of x0."""
+        """P (R, L) and Q (R, L, m) with  form = P y + sum Q_i F_i  in every row; without ``d``, F is an x0."""
         table = self.table
         p, q = [], []
         for row, form in enumerate(table.form):
@@ -105,9 +118,11 @@ class Plan:
                     one_p, single = convert(self.path, t, "x0", "flow" if form == "v" else form)
                     one_q = (single,)
                 if not np.isfinite([one_p, *one_q]).all():
-                    raise ValueError(f"row {row} of {table.solver} wants {form} at t = {t:g}, where alpha = "
-                                     f"{table.alpha[row, lane]:g} and sigma = {table.sigma[row, lane]:g}: this network does "
-                                     "not determine it there (an eps-model cannot start at alpha = 0)")  # fmt: skip
+                    where = f"t = {t:g}, where alpha = {table.alpha[row, lane]:g} and sigma = {table.sigma[row, lane]:g}"
+                    raise ValueError(
+                        f"row {row} of {table.solver} wants {form} at {where}: this network does not determine it there "
+                        "(an eps-model cannot start at alpha = 0)"
+                    )
                 p.append(one_p)
                 q.append(one_q)
         shape = (table.calls, table.lanes)
@@ -156,6 +171,8 @@ def _nonzero(weights: np.ndarray) -> Terms:
 
 def _check_path(table: Table, d: Denoiser) -> None:
     alpha, sigma = d.path.alpha(table.t.copy()), d.path.sigma(table.t.copy())
-    if not (np.allclose(alpha, table.alpha, atol=1e-6) and np.allclose(sigma, table.sigma, rtol=1e-6, atol=1e-6)):
+    if not (
+        np.allclose(alpha, table.alpha, atol=1e-6) and np.allclose(sigma, table.sigma, rtol=1e-6, atol=1e-6)
+    ):
         raise ValueError(f"the table was made for path {table.path.get('path')!r}, and the denoiser's path "
-                         f"{d.path.name!r} has other alpha and sigma at its times: build it on denoiser.path")  # fmt: skip
+                         f"{d.path.name!r} has other alpha and sigma at its times: build it on d.path")  # fmt: skip

@@ -64,8 +64,19 @@ class Value:
 
 
 def check_times(path: Path, times: Any) -> np.ndarray:
-    """Times as float64 of shape (n + 1,) or (lanes, n + 1), strictly falling inside the path; else ``ValueError``."""
-    array = np.array(times, dtype=np.float64)
+    """Times as float64 of shape (n + 1,) or (lanes, n + 1), strictly falling inside the path; else ``ValueError``.
+
+    Whole numbers are times like any others ([80, 10, 0] on EDM, steps of a discrete path).
+    """
+    try:
+        array = np.asarray(times.detach().cpu() if hasattr(times, "detach") else times)
+    except ValueError:
+        array = np.array("ragged")
+    if array.dtype.kind not in "iuf":
+        raise ValueError(
+            f"times must be real numbers, an array or a list of equally long lists, got {times!r}"
+        )
+    array = array.astype(np.float64)
     if array.ndim not in (1, 2) or array.shape[-1] < 2:
         raise ValueError(
             f"times must have shape (n + 1,) or (lanes, n + 1) with at least one step, got {array.shape}"
@@ -73,9 +84,11 @@ def check_times(path: Path, times: Any) -> np.ndarray:
     if not np.isfinite(array).all():
         raise ValueError("times must be finite")
     if (np.diff(array) >= 0).any():
-        step = int(np.argwhere(np.diff(array) >= 0)[0][-1])
-        raise ValueError(f"times must fall strictly, from noise to data: step {step} goes from "
-                         f"{array[..., step].flat[0]:g} to {array[..., step + 1].flat[0]:g}")  # fmt: skip
+        *lane, step = np.argwhere(np.diff(array) >= 0)[0]
+        begin, end = array[(*lane, step)], array[(*lane, step + 1)]
+        raise ValueError(
+            f"times must fall strictly, from noise to data: step {step} goes from {begin:g} to {end:g}"
+        )
     slack = 1e-9 * (path.t_max - path.t_clean)
     if array.max() > path.t_max + slack or array.min() < path.t_clean - slack:
         raise ValueError(f"times must lie in [{path.t_clean:g}, {path.t_max:g}] on {path.name}, "
@@ -142,6 +155,8 @@ class Program:
 
     def table(self, x: Value) -> Table:
         """Close the tape with its result, find each output a slot for as long as it is read, and write the arrays."""
+        if not self._calls:
+            raise ValueError("a table needs at least one row: the program has not called the network")
         transitions = [*self._transitions, (x.terms, x.terms)]
         rows, lanes = len(self._calls), self.lanes
         slot = _slots(transitions, rows)
@@ -244,6 +259,8 @@ def solver(paper: str, calls: str = "1", order: int | Callable[[dict[str, Any]],
 
 def _plain(value: Any) -> Any:
     """An option as JSON can hold it."""
+    if isinstance(value, float) and not np.isfinite(value):
+        return repr(value)
     if isinstance(value, (str, bool, int, float, type(None))):
         return value
     if isinstance(value, (list, tuple, np.ndarray)):

@@ -24,13 +24,13 @@ import os
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ..models import paths
-from ..models.denoiser import FORMS, Denoiser
+from ..models.denoiser import FORMS, Denoiser, convert
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -40,7 +40,7 @@ _ARRAYS = ("t", "alpha", "sigma", "slot", "a", "b", "c")
 
 
 class Unrolled(NamedTuple):
-    """Every call's point, and last the result, as a combination of the noise, the stored d and the fresh z (one lane)."""
+    """Every call's point, and last the result, as a combination of noise, stored d and fresh z (one lane)."""
 
     noise: np.ndarray  # (R + 1,)
     d: np.ndarray  # (R + 1, R)
@@ -66,9 +66,10 @@ class Table:
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        for name in (*_ARRAYS, "times"):  # copies of its own, which nobody writes to
+            object.__setattr__(self, name, _array(name, getattr(self, name)))
+        object.__setattr__(self, "form", tuple(self.form))
         self.check()
-        for name in (*_ARRAYS, "times"):
-            getattr(self, name).setflags(write=False)
 
     @property
     def calls(self) -> int:
@@ -92,15 +93,18 @@ class Table:
 
     def check(self) -> None:
         """Raise ``ValueError`` unless the arrays fit together, are finite, and read only slots that were written."""
-        rows = len(self.form)
-        lanes = self.t.shape[-1]
+        rows, lanes = len(self.form), self.t.shape[-1] if self.t.ndim else 0
         slots = self.b.shape[-1] if self.b.ndim == 4 else 0
         shapes = {
             "t": (rows, lanes), "alpha": (rows, lanes), "sigma": (rows, lanes), "slot": (rows,),
             "a": (rows + 1, lanes, 2, 2), "b": (rows + 1, lanes, 2, slots), "c": (rows + 1, lanes, 2),
         }  # fmt: skip
         if rows == 0 or lanes == 0:
-            raise ValueError("a table needs at least one row and one lane")
+            raise ValueError(f"a table needs at least one row and one lane, got {rows} and {lanes}")
+        if self.times.ndim not in (1, 2) or self.times.ndim == 2 and len(self.times) != lanes:
+            raise ValueError(f"times must have shape (n + 1,) or ({lanes}, n + 1), got {self.times.shape}")
+        if not (np.diff(self.times) < 0).all():
+            raise ValueError(f"times must be finite and fall strictly, got {self.times.tolist()}")
         for name, shape in shapes.items():
             array = getattr(self, name)
             if array.shape != shape:
@@ -108,10 +112,12 @@ class Table:
             bad = ~np.isfinite(array)
             if bad.any():
                 row = int(np.argwhere(bad)[0][0])
-                raise ValueError(f"{name} is not finite in row {row} of {self.solver}: check the times and the order there")
-        unknown = sorted(set(self.form) - set(FORMS))
+                raise ValueError(
+                    f"{name} is not finite in row {row} of {self.solver}: check the times and the order there"
+                )
+        unknown = [form for form in self.form if form not in FORMS]
         if unknown:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {', '.join(unknown)}")
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {unknown[0]!r}")
         if ((self.slot < 0) | (self.slot >= max(slots, 1))).any():
             raise ValueError(f"slot must lie in 0 .. {slots - 1}, got {self.slot.tolist()}")
         written: set[int] = set()
@@ -123,13 +129,20 @@ class Table:
                 raise ValueError(f"row {row} reads slot {min(read - written)}, which no call has written yet")
 
     def on(self, d: Denoiser, device: torch.device | str = "cpu") -> Plan:
-        """This table's coefficients with the denoiser's conversion folded in, ready to run: made once, used for every step."""
+        """This table's coefficients with the denoiser's conversion folded in: made once, used for every step."""
         from .plan import Plan
 
         return Plan(self, d, torch.device(device))
 
-    def unrolled(self, lane: int = 0) -> Unrolled:
-        """Substitute the rows into one another: two solvers are the same if and only if these matrices are."""
+    def unrolled(self, lane: int = 0, form: Literal["stored", "x0"] = "stored") -> Unrolled:
+        """Substitute the rows into one another: two solvers are the same if and only if these matrices are.
+
+        With ``form="x0"`` d are the estimates of x0 behind what is stored: of a start at alpha = 0 the weights of a
+        point sum to its alpha.
+        """
+        if form not in ("stored", "x0"):
+            raise ValueError(f"form must be 'stored' or 'x0', got {form!r}")
+        path = paths.from_config(self.path)
         rows, slots = self.calls, self.slots
         width = 1 + rows + rows + 1
         x = y = np.eye(1, width)[0]
@@ -137,7 +150,13 @@ class Table:
         points = []
         for row in range(rows + 1):
             if row:
-                history[self.slot[row - 1]] = np.eye(1, width, 1 + row - 1)[0]
+                p, q = 0.0, 1.0
+                if form == "x0":
+                    stored = self.form[row - 1]
+                    p, q = convert(
+                        path, float(self.t[row - 1, lane]), "x0", "flow" if stored == "v" else stored
+                    )
+                history[self.slot[row - 1]] = p * y + q * np.eye(1, width, row)[0]
             z = np.eye(1, width, 1 + rows + row)[0]
             a, b, c = self.a[row, lane], self.b[row, lane], self.c[row, lane]
             x, y = (a[k, 0] * x + a[k, 1] * y + b[k] @ history + c[k] * z for k in (0, 1))
@@ -163,7 +182,7 @@ class Table:
             "times": self.times.tolist(), "form": list(self.form),
         }  # fmt: skip
         content.update({name: getattr(self, name).tolist() for name in _ARRAYS})
-        return json.dumps(content)
+        return json.dumps(content, allow_nan=False)
 
     def save(self, file: str | os.PathLike) -> None:
         """Write JSON, aside first and then renamed, so that no half-written table is ever seen."""
@@ -189,16 +208,20 @@ class Table:
         if not isinstance(content, dict) or "fewstep_table" not in content:
             raise ValueError("not a table: the key 'fewstep_table' is missing")
         if content["fewstep_table"] != VERSION:
-            raise ValueError(f"this table has format {content['fewstep_table']!r}; this version reads {VERSION}")
+            raise ValueError(
+                f"this table has format {content['fewstep_table']!r}; this version reads {VERSION}"
+            )
         missing = [k for k in (*_ARRAYS, "times", "form", "path", "solver", "options") if k not in content]
         if missing:
             raise ValueError(f"not a table: {', '.join(missing)} missing")
+        for name, kind in (("form", list), ("path", dict), ("solver", str), ("options", dict)):
+            if not isinstance(content[name], kind):
+                raise ValueError(f"not a table: {name} must be a {kind.__name__}, got {content[name]!r}")
         paths.from_config(content["path"])
-        arrays = {name: np.asarray(content[name], dtype=int if name == "slot" else np.float64) for name in _ARRAYS}
-        return Table(
-            **arrays, form=tuple(content["form"]), path=content["path"], times=np.asarray(content["times"], dtype=np.float64),
-            solver=content["solver"], options=content["options"],
-        )  # fmt: skip
+        return Table(**{name: value for name, value in content.items() if name in Table.__dataclass_fields__})
+
+    def __reduce__(self):
+        return Table.from_json, (self.to_json(),)
 
     @staticmethod
     def load(file: str | os.PathLike) -> Table:
@@ -211,7 +234,20 @@ class Table:
         return describe(self)
 
     def plot(self, file: str | os.PathLike | None = None, lane: int = 0):
-        """A picture of the times and of the unrolled weights; a matplotlib figure, also written to ``file`` if given."""
+        """A picture of the noise levels and the unrolled weights: a matplotlib figure, written to ``file`` if given."""
         from .show import plot
 
         return plot(self, file, lane)
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be an array of numbers ({error})") from None
+    if name == "slot":
+        if not (array == array.round()).all():
+            raise ValueError(f"slot must be integers, got {array.tolist()}")
+        array = array.astype(np.int64)
+    array.setflags(write=False)
+    return array
