@@ -118,10 +118,10 @@ class Plan:
                     one_p, single = convert(self.path, t, "x0", "flow" if form == "v" else form)
                     one_q = (single,)
                 if not np.isfinite([one_p, *one_q]).all():
-                    where = f"t = {t:g}, where alpha = {table.alpha[row, lane]:g} and sigma = {table.sigma[row, lane]:g}"
+                    alpha, sigma = table.alpha[row, lane], table.sigma[row, lane]
                     raise ValueError(
-                        f"row {row} of {table.solver} wants {form} at {where}: this network does not determine it there "
-                        "(an eps-model cannot start at alpha = 0)"
+                        f"row {row} of {table.solver} wants {form} at t = {t:g}, where alpha = {alpha:g} and sigma = "
+                        f"{sigma:g}: this network does not determine it there (an eps-model cannot start at alpha = 0)"
                     )
                 p.append(one_p)
                 q.append(one_q)
