@@ -1,10 +1,10 @@
 """The ``fewstep`` command: a thin skin over the package. Heavy imports wait until a verb needs them.
 
-    fewstep sample digits --solver deis --order 3 --steps 10 --num 64 --seed 0 --out samples.png
-    fewstep solvers
-    fewstep table deis --steps 6 --path vp_linear
-    fewstep teacher digits-flow
-    fewstep demo
+fewstep sample digits --solver deis --order 3 --steps 10 --num 64 --seed 0 --out samples.png
+fewstep solvers
+fewstep table deis --steps 6 --path vp_linear
+fewstep teacher digits-flow
+fewstep demo
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def _fail(message: str) -> int:
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"fewstep {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=f"fewstep {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
 
 
@@ -94,7 +97,9 @@ def _read(word: str, text: str, default: Any) -> Any:
             return kind(text)
         except ValueError:
             if default is not None:
-                raise ValueError(f"{word} must be {'an integer' if kind is int else 'a number'}, got {text!r}") from None
+                raise ValueError(
+                    f"{word} must be {'an integer' if kind is int else 'a number'}, got {text!r}"
+                ) from None
     return text
 
 
@@ -111,22 +116,37 @@ def _add_grid(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", default="logsnr", help="where the steps lie (default: logsnr)")
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--steps", type=int, default=10, help="number of steps (default: 10)")
-    many.add_argument("--calls", type=int, help="number of network calls instead: as many steps as they allow")
+    many.add_argument(
+        "--calls", type=int, help="number of network calls instead: as many steps as they allow"
+    )
 
 
 @verb("samples from a model, as one picture, an .npz, or a folder of PNGs")
 def sample(argv: list[str]) -> int:
     """``fewstep sample MODEL ...``."""
-    parser = _parser("sample", "Sample a model. Options of the solver (fewstep solvers lists them) are given as flags too.")
-    parser.add_argument("model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder")
-    parser.add_argument("--solver", default="multistep", help="fewstep solvers lists them (default: multistep)")
+    parser = _parser(
+        "sample", "Sample a model. Options of the solver (fewstep solvers lists them) are given as flags too."
+    )
+    parser.add_argument(
+        "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder"
+    )
+    parser.add_argument(
+        "--solver", default="multistep", help="fewstep solvers lists them (default: multistep)"
+    )
     _add_grid(parser)
     parser.add_argument("--num", type=int, default=64, help="number of samples (default: 64)")
-    parser.add_argument("--batch", type=int, default=256, help="samples at once; changes nothing but memory (default: 256)")
+    parser.add_argument(
+        "--batch", type=int, default=256, help="samples at once; changes nothing but memory (default: 256)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="class of all samples (default: every class in turn)")
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--out", type=Path, default=Path("samples.png"), help=".png, .npz, or a new folder (default: samples.png)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("samples.png"),
+        help=".png, .npz, or a new folder (default: samples.png)",
+    )
     arguments, rest = parser.parse_known_args(argv)
 
     import torch
@@ -148,7 +168,9 @@ def sample(argv: list[str]) -> int:
     table = solver(d.path, _times(d.path, solver, arguments, options), **options)
     classes = getattr(d.net, "null_label", None)  # the label after the last class
     if arguments.label is not None and not (classes and 0 <= arguments.label < classes):
-        raise ValueError(f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label")
+        raise ValueError(
+            f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label"
+        )
     plan = table.on(d, device)
     made, labels = [], []
     for first in _progress(range(0, arguments.num, arguments.batch)):
@@ -163,12 +185,16 @@ def sample(argv: list[str]) -> int:
     pictures = images.to_uint8(torch.cat(made))
     if arguments.out.suffix == ".png":
         columns = 10 if classes and arguments.label is None else None
-        images.save_png(arguments.out, images.grid(pictures, columns=columns, scale=max(1, 32 // pictures.shape[-1])))
+        images.save_png(
+            arguments.out, images.grid(pictures, columns=columns, scale=max(1, 32 // pictures.shape[-1]))
+        )
     elif arguments.out.suffix == ".npz":
         images.save_npz(arguments.out, pictures, torch.cat(labels) if classes else None)
     else:
         images.save_folder(arguments.out, pictures)
-    print(f"{arguments.num} samples of {arguments.model} by {arguments.solver}, {table.calls} calls each: {arguments.out}")
+    print(
+        f"{arguments.num} samples of {arguments.model} by {arguments.solver}, {table.calls} calls each: {arguments.out}"
+    )
     return 0
 
 
@@ -192,17 +218,23 @@ def solvers(argv: list[str]) -> int:
         import inspect
 
         found = catalogue.find(arguments.name)
-        print(f"{arguments.name}{inspect.signature(found)}\n\n{inspect.getdoc(found)}\n\narXiv {found.entry.paper}")
+        print(
+            f"{arguments.name}{inspect.signature(found)}\n\n{inspect.getdoc(found)}\n\narXiv {found.entry.paper}"
+        )
         return 0
     rows = [("solver", "calls a step", "order", "arXiv", "options")]
     for name, function in sorted(catalogue.solvers().items()):
         entry = function.entry
-        options = ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in entry.options.items())
+        options = ", ".join(
+            f"{key}={getattr(value, '__name__', value)}" for key, value in entry.options.items()
+        )
         rows.append((name, entry.calls, str(entry.order_of()), entry.paper, options))
     widths = [max(len(row[k]) for row in rows) for k in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4])
-    print(f"\nThe order is that of the default options, cold start included.\ngrids: {', '.join(catalogue.grid_names())}")
+    print(
+        f"\nThe order is that of the default options, cold start included.\ngrids: {', '.join(catalogue.grid_names())}"
+    )
     return 0
 
 
@@ -211,9 +243,19 @@ def table(argv: list[str]) -> int:
     """``fewstep table SOLVER ...``."""
     parser = _parser("table", "Print the coefficients of a solver. Its options are given as flags too.")
     parser.add_argument("solver", help="fewstep solvers lists them")
-    parser.add_argument("--path", default="vp_linear", help="vp_linear, vp_cosine, vp_discrete, edm or flow (default: vp_linear)")
+    parser.add_argument(
+        "--path",
+        default="vp_linear",
+        help="vp_linear, vp_cosine, vp_discrete, edm or flow (default: vp_linear)",
+    )
     _add_grid(parser)
-    parser.add_argument("--plot", nargs="?", type=Path, const=Path("table.png"), help="draw it, into table.png or the file named")
+    parser.add_argument(
+        "--plot",
+        nargs="?",
+        type=Path,
+        const=Path("table.png"),
+        help="draw it, into table.png or the file named",
+    )
     parser.add_argument("--out", type=Path, help="save it as JSON, for Table.load")
     arguments, rest = parser.parse_known_args(argv)
     from .models import paths

@@ -10,6 +10,7 @@ scheduler.step (where diffusers is installed), eagerly and as a CUDA graph; imag
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -21,7 +22,11 @@ from fewstep.models.mixture import random_mixture
 from fewstep.samplers import deis, dpmpp, grids, init, multistep, sample, sde_dpmpp, starting_noise, step
 from fewstep.samplers.noise import normal, words
 
-SHAPES = {"SD 1.5, batch 4": (4, 4, 64, 64), "Flux 1024, batch 1": (1, 16, 128, 128), "digits, batch 1024": (1024, 1, 8, 8)}
+SHAPES = {
+    "SD 1.5, batch 4": (4, 4, 64, 64),
+    "Flux 1024, batch 1": (1, 16, 128, 128),
+    "digits, batch 1024": (1024, 1, 8, 8),
+}
 
 
 def same_noise(device: torch.device) -> dict:
@@ -30,7 +35,11 @@ def same_noise(device: torch.device) -> dict:
     here, there = words(2**40 + 7, ids, 1024, 3, 0), words(2**40 + 7, ids.to(device), 1024, 3, 0)
     a, b = normal(7, ids, (4, 64, 64)), normal(7, ids.to(device), (4, 64, 64)).cpu()
     equal = all(torch.equal(x, y.cpu()) for x, y in zip(here, there))
-    return {"words_equal": equal, "normals_equal": float((a == b).float().mean()), "largest_difference": float((a - b).abs().max())}
+    return {
+        "words_equal": equal,
+        "normals_equal": float((a == b).float().mean()),
+        "largest_difference": float((a - b).abs().max()),
+    }
 
 
 def same_samples(device: torch.device) -> dict:
@@ -40,12 +49,18 @@ def same_samples(device: torch.device) -> dict:
     noise = starting_noise(0, 32, (64,), torch.float64)
     for name, solver in (("multistep", multistep), ("sde_dpmpp", sde_dpmpp)):
         table = solver(paths.flow(), grids.vp(paths.flow(), 10))
-        runs = [sample(d.to(where).denoiser(paths.flow()), noise.to(where), table).cpu() for where in ("cpu", device)]
+        runs = [
+            sample(d.to(where).denoiser(paths.flow()), noise.to(where), table).cpu()
+            for where in ("cpu", device)
+        ]
         answer[f"mixture, {name}"] = float((runs[0] - runs[1]).abs().max())
     teacher = load("digits")
     table, label = multistep(teacher.path, grids.vp(teacher.path, 10)), torch.arange(10)
     noise = starting_noise(0, 10, teacher.shape)
-    runs = [sample(teacher.to(where), noise.to(where), table, cond={"label": label.to(where)}).cpu() for where in ("cpu", device)]
+    runs = [
+        sample(teacher.to(where), noise.to(where), table, cond={"label": label.to(where)}).cpu()
+        for where in ("cpu", device)
+    ]
     answer["digits, multistep"] = float((runs[0] - runs[1]).abs().max())
     return answer
 
@@ -79,23 +94,24 @@ def no_waiting(device: torch.device) -> dict:
 
 def step_cost(device: torch.device) -> dict:
     """A deterministic step outside the network, interleaved with diffusers' and with one axpy."""
-    results = {}
-    for name, shape in SHAPES.items():
-        noise = torch.randn(shape, device=device)
-        out = torch.randn(shape, device=device)
-        d = Denoiser(lambda x, tau: out, paths.vp_linear())
-        runs: dict[str, Callable] = {"axpy": lambda: torch.add(noise, out, alpha=0.5)}
-        for label, table in (("deis 3", deis(d.path, grids.logsnr(d.path, 20))), ("dpmpp 2M", dpmpp(d.path, grids.logsnr(d.path, 20)))):
-            plan = table.on(d, device)
-            state = init(plan, noise)
-            for _ in range(5):
-                state, _ = step(d, plan, state)
-            runs[label] = lambda plan=plan, state=state: step(d, plan, state)
-            if device.type == "cuda":
-                runs[f"{label}, graph"] = _captured(lambda plan=plan, state=state: step(d, plan, state))
-        runs |= _diffusers_steps(noise, out)
-        results[name] = bench.compare(runs, repeats=100, warmup=20, baseline="axpy")["names"]
-    return results
+    return {name: _one_shape(shape, device) for name, shape in SHAPES.items()}
+
+
+def _one_shape(shape: tuple[int, ...], device: torch.device) -> dict:
+    noise, out = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    d = Denoiser(lambda x, tau: out, paths.vp_linear())
+    times = grids.logsnr(d.path, 20)
+    runs: dict[str, Callable] = {"axpy": lambda: torch.add(noise, out, alpha=0.5)}
+    for label, table in (("deis 3", deis(d.path, times)), ("dpmpp 2M", dpmpp(d.path, times))):
+        plan = table.on(d, device)
+        state = init(plan, noise)
+        for _ in range(5):
+            state, _ = step(d, plan, state)
+        runs[label] = functools.partial(step, d, plan, state)
+        if device.type == "cuda":
+            runs[f"{label}, graph"] = _captured(runs[label])
+    runs |= _diffusers_steps(noise, out)
+    return bench.compare(runs, repeats=100, warmup=20, baseline="axpy")["names"]
 
 
 def _captured(run: Callable) -> Callable:
@@ -115,7 +131,10 @@ def _diffusers_steps(noise: torch.Tensor, out: torch.Tensor) -> dict[str, Callab
     except ImportError:
         return {}
     runs = {}
-    for name, scheduler in (("diffusers DEIS 3", DEISMultistepScheduler(solver_order=3)), ("diffusers DPM++ 2M", DPMSolverMultistepScheduler())):
+    for name, scheduler in (
+        ("diffusers DEIS 3", DEISMultistepScheduler(solver_order=3)),
+        ("diffusers DPM++ 2M", DPMSolverMultistepScheduler()),
+    ):
         scheduler.set_timesteps(20, device=noise.device)
         for t in scheduler.timesteps[:5]:
             scheduler.step(out, t, noise)
@@ -136,7 +155,10 @@ def throughput(device: torch.device) -> dict:
     results = {}
     for batch in (16, 256, 4096) if device.type == "cuda" else (16, 64):
         noise, label = starting_noise(0, batch, d.shape).to(device), torch.arange(batch, device=device) % 10
-        times = bench.compare({"sample": lambda noise=noise, label=label: sample(d, noise, table, cond={"label": label})}, repeats=5)
+        times = bench.compare(
+            {"sample": lambda noise=noise, label=label: sample(d, noise, table, cond={"label": label})},
+            repeats=5,
+        )
         results[f"batch {batch}"] = batch / times["names"]["sample"]["median"]
     return results
 
@@ -146,7 +168,9 @@ PARTS = (same_noise, same_samples, no_waiting, step_cost, throughput)
 
 def main() -> None:
     """Run the parts that time allows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", required=True)

@@ -3,7 +3,8 @@
 Each column of the table says how far few calls are from many:
 
     to teacher   root-mean-square distance, a pixel, to the teacher's own converged samples from the same noise
-    FD, KID      Frechet and (unbiased) kernel distance of classifier features to the digits; the floor is the converged sampler
+    FD, KID      Frechet and (unbiased) kernel distance of classifier features to the digits; the
+                 floor is the converged sampler
     nearest      median distance to the nearest training digit; far below held-out digits' own would mean memorising
     images/s     on this machine, in this run
 """
@@ -53,7 +54,12 @@ class Judge(NamedTuple):
         """The digits, seen through the classifier that ships with the package."""
         classifier = load_classifier()
         pixels = {split: torch.as_tensor(digits(split)[0]) for split in ("all", "train", "held_out")}
-        return Judge(classifier.features, classifier.features(pixels["all"]), pixels["train"].flatten(1), pixels["held_out"].flatten(1))
+        return Judge(
+            classifier.features,
+            classifier.features(pixels["all"]),
+            pixels["train"].flatten(1),
+            pixels["held_out"].flatten(1),
+        )
 
     def quality(self, x: torch.Tensor) -> dict[str, float]:
         """FD, KID and nearest-neighbour distances of samples."""
@@ -78,7 +84,13 @@ def run(model: str, num: int, out: Path, steps: int = 100) -> list[dict]:
     shown = torch.stack([(label == digit).nonzero()[0, 0] for digit in range(10)])
     print(f"{model}: {num} samples, the same noise for every solver", flush=True)
     truth = converged(d, noise, label, steps)
-    floor = {"solver": f"converged ({steps} calls)", "calls": steps, "rmse": 0.0, **judge.quality(truth), "speed": float("nan")}
+    floor = {
+        "solver": f"converged ({steps} calls)",
+        "calls": steps,
+        "rmse": 0.0,
+        **judge.quality(truth),
+        "speed": float("nan"),
+    }
     rows, pictures = [floor], []
     show(None, floor)
     for name, solver, options, grid in ROWS:
@@ -88,7 +100,15 @@ def run(model: str, num: int, out: Path, steps: int = 100) -> list[dict]:
             x = sample(d, noise, table, cond={"label": label})
             seconds = time.perf_counter() - start
             rmse = float((x - truth).square().mean().sqrt())
-            rows.append({"solver": name, "calls": table.calls, "rmse": rmse, **judge.quality(x), "speed": num / seconds})
+            rows.append(
+                {
+                    "solver": name,
+                    "calls": table.calls,
+                    "rmse": rmse,
+                    **judge.quality(x),
+                    "speed": num / seconds,
+                }
+            )
             show(floor, rows[-1])
             pictures.append(_sheet(x[shown]))
     pictures += [_sheet(truth[shown])] * len(BUDGETS)
@@ -107,14 +127,21 @@ def _sheet(x: torch.Tensor) -> torch.Tensor:
 def show(floor: dict | None, row: dict) -> None:
     """One line of the table, with its heading before the first."""
     if floor is None:
-        print(f"{'solver':<24}{'calls':>6}{'to teacher':>12}{'FD':>9}{'KID':>9}{'nearest':>9}{'images/s':>10}")
+        print(
+            f"{'solver':<24}{'calls':>6}{'to teacher':>12}{'FD':>9}{'KID':>9}{'nearest':>9}{'images/s':>10}"
+        )
     speed = f"{row['speed']:>10.0f}" if row["speed"] == row["speed"] else f"{'':>10}"
-    print(f"{row['solver']:<24}{row['calls']:>6}{row['rmse']:>12.4f}{row['fd']:>9.2f}{row['kid']:>9.4f}{row['nearest']:>9.2f}{speed}", flush=True)
+    print(
+        f"{row['solver']:<24}{row['calls']:>6}{row['rmse']:>12.4f}{row['fd']:>9.2f}{row['kid']:>9.4f}{row['nearest']:>9.2f}{speed}",
+        flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``fewstep demo``."""
-    parser = argparse.ArgumentParser(prog="fewstep demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="fewstep demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="digits", help="digits-edm (digits), digits-vp or digits-flow")
     parser.add_argument("--num", type=int, default=1000, help="samples a cell (default: 1000)")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))

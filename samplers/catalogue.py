@@ -1,9 +1,9 @@
 """Solvers and grids by name, for the shell and for configs; from Python, import the function.
 
-    >>> find("deis").entry.paper
-    '2204.13902'
-    >>> "logsnr" in grid_names()
-    True
+>>> find("deis").entry.paper
+'2204.13902'
+>>> "logsnr" in grid_names()
+True
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """DDIM (2010.02502): the first-order sampler, from the ODE (eta = 0) to ancestral sampling (eta = 1), on any path.
 
-    x_n = alpha_n x0 + sqrt(sigma_n^2 - c^2) eps + c z,     c = eta sigma_n sqrt(1 - (alpha_s sigma_n / alpha_n sigma_s)^2)
+x_n = alpha_n x0 + sqrt(sigma_n^2 - c^2) eps + c z,     c = eta sigma_n sqrt(1 - (alpha_s sigma_n / alpha_n sigma_s)^2)
 """
 
 from __future__ import annotations

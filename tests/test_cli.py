@@ -19,7 +19,9 @@ def run(*words, capsys):
 
 
 def test_the_command_is_installed_and_lists_its_verbs():
-    shown = subprocess.run([sys.executable, "-m", "fewstep", "--help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "fewstep", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     assert all(verb in shown for verb in ("sample", "solvers", "table", "teacher", "demo"))
 
 
@@ -42,7 +44,9 @@ def test_solvers_explains_one(capsys):
 
 def test_table_prints_the_coefficients_and_saves_them(tmp_path, capsys):
     file, picture = tmp_path / "deis.json", tmp_path / "deis.png"
-    code, out, _ = run("table", "deis", "--steps", 6, "--path", "vp_linear", "--out", file, "--plot", picture, capsys=capsys)
+    code, out, _ = run(
+        "table", "deis", "--steps", 6, "--path", "vp_linear", "--out", file, "--plot", picture, capsys=capsys
+    )
     assert code == 0
     table = Table.load(file)
     assert table.calls == 6 and f"{table.b[2, 0, 0, 0]:+.5g}".lstrip("+") in out.replace("+", "")
@@ -50,7 +54,21 @@ def test_table_prints_the_coefficients_and_saves_them(tmp_path, capsys):
 
 
 def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
-    words = ("sample", "digits", "--solver", "deis", "--order", "3", "--steps", 4, "--num", 12, "--seed", 0, "--out")
+    words = (
+        "sample",
+        "digits",
+        "--solver",
+        "deis",
+        "--order",
+        "3",
+        "--steps",
+        4,
+        "--num",
+        12,
+        "--seed",
+        0,
+        "--out",
+    )
     assert run(*words, tmp_path / "a.npz", capsys=capsys)[0] == 0
     assert run(*words, tmp_path / "a.png", capsys=capsys)[0] == 0
     assert run(*words, tmp_path / "folder", "--batch", 5, capsys=capsys)[0] == 0
@@ -58,7 +76,7 @@ def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
     assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_1"].tolist() == [*range(10), 0, 1]
     names = sorted(path.name for path in (tmp_path / "folder").iterdir())
     assert names[0] == "000000.png" and len(names) == 12
-    # the batch size is no part of a sample: at most the last bit of a network's float32 differs, so no grey level by more than 1
+    # the batch size is no part of a sample: at most a network's last bits differ, so no grey level by more than 1
     first = np.asarray(Image.open(tmp_path / "folder" / names[7]), dtype=int)
     assert np.abs(first - archive["arr_0"][7, :, :, 0].astype(int)).max() <= 1
     assert Image.open(tmp_path / "a.png").size[0] >= 300
