@@ -152,7 +152,7 @@ def sample(argv: list[str]) -> int:
     import torch
 
     from .eval import images
-    from .models import load
+    from .models import in_blocks, load
     from .samplers import catalogue
     from .samplers import sample as draw
     from .samplers.noise import starting_noise
@@ -165,6 +165,8 @@ def sample(argv: list[str]) -> int:
     options = _solver_options(solver, rest)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     d = load(arguments.model).to(device)
+    if device.type == "cpu":
+        d = in_blocks(d, 16)  # the same bits whatever --batch and --num
     table = solver(d.path, _times(d.path, solver, arguments, options), **options)
     classes = getattr(d.net, "null_label", None)  # the label after the last class
     if arguments.label is not None and not (classes and 0 <= arguments.label < classes):

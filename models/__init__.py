@@ -1,6 +1,7 @@
 """Paths, denoisers, exact teachers, small networks and loaders: what every sampler and distiller sees."""
 
 from . import paths
+from .blocks import in_blocks
 from .classifier import DigitClassifier, load_classifier
 from .denoiser import Denoiser
 from .digits import digits
@@ -18,6 +19,7 @@ __all__ = [
     "IdealDenoiser",
     "UNet",
     "digits",
+    "in_blocks",
     "load",
     "load_classifier",
     "paths",
