@@ -5,21 +5,26 @@ from .blocks import in_blocks
 from .classifier import DigitClassifier, load_classifier
 from .denoiser import Denoiser
 from .digits import digits
-from .dit import DiT
+from .dit import DiT, DiTConfig
 from .ideal import IdealDenoiser
 from .load import load, save_checkpoint
 from .mixture import GaussianMixture
-from .unet import UNet
+from .rewards import class_probability, ink
+from .unet import UNet, UNetConfig
 
 __all__ = [
     "Denoiser",
     "DiT",
+    "DiTConfig",
     "DigitClassifier",
     "GaussianMixture",
     "IdealDenoiser",
     "UNet",
+    "UNetConfig",
+    "class_probability",
     "digits",
     "in_blocks",
+    "ink",
     "load",
     "load_classifier",
     "paths",
