@@ -98,29 +98,35 @@ def runge_kutta(p: Program, x: Value, i: int, d: Value, form: str, order: int) -
 
 
 def adams(path: Path, times: Any, form: str, variable: str, nodes: int, rule: str = "exact", final: str = "auto",
-          start: str = "lower") -> Table:  # fmt: skip
+          start: str = "lower", corrector: bool = False) -> Table:  # fmt: skip
     """The table of a deterministic multistep solver; what the named members of the family call."""
     check_choice("final", final, ("auto", "lower", "full"))
     check_choice("start", start, ("lower", "rk"))
     p = Program(path, times)
     x = p.start()
     known: Known = []
+    used: Known = []  # what the step to the newest point was made of, where it can be corrected
     skip = 0
     if form == "eps" and (away := leave_alpha_zero(p, x)) is not None:
         x, skip = away, 1
     for i in range(skip, p.steps):
         d = p.call(x, at=i, form=form)
+        if corrector and used:
+            x = correct(p, x, p.t[i - 1], p.t[i], d, used, known[: max(nodes - 1, 1)], form, variable)
         known = [(d, p.t[i]), *known][:nodes]
+        used = []
         if start == "rk" and nodes > 2 and i - skip < nodes - 1 and (p.sigma[i + 1] > 0).all():
             x = runge_kutta(p, x, i, d, form, nodes - 1)
         else:
-            use = known[: p.steps - i] if final == "lower" else known
-            x = advance(p, x, p.t[i], p.t[i + 1], use, form, variable, rule=rule, limit=final == "full")
+            used = known[: p.steps - i] if final == "lower" else known
+            x = advance(p, x, p.t[i], p.t[i + 1], used, form, variable, rule=rule, limit=final == "full")
     return p.table(x)
 
 
 def adams_order(nodes: int, options: dict) -> int:
-    """The order of convergence of ``adams``: a first-order first or last step holds it at 2."""
+    """The order of ``adams``: a first-order first or last step holds it at 2; at 3 where the first is corrected."""
+    if options.get("corrector") and options["final"] != "lower" and options.get("start") != "rk":
+        return min(max(nodes, 2), 3)
     return nodes if options.get("start") == "rk" and options["final"] != "lower" else min(nodes, 2)
 
 
@@ -133,6 +139,7 @@ def multistep(
     nodes: int = 3,
     final: str = "auto",
     start: str = "lower",
+    corrector: bool = False,
 ) -> Table:
     """Adams-Bashforth over the last ``nodes`` outputs, in any form and interpolation variable.
 
@@ -141,6 +148,7 @@ def multistep(
     ``"full"`` keeps it there too where the weights have a limit (eps and v over lam), which often extrapolates badly.
     ``start="lower"`` lets the order rise from one; ``"rk"`` makes the first nodes - 1 steps by a Runge-Kutta method of
     order nodes - 1, in (nodes - 1)(nodes - 2) calls more: for beginning midway, where the first steps matter.
+    ``corrector=True`` redoes each step but the last with the output at its end among the nodes, at no call more.
     """
     check_choice("form", form, ("eps", "x0", "v"))
     check_choice("variable", variable, VARIABLES)
@@ -148,4 +156,4 @@ def multistep(
     if form == "v" and path.name not in ("flow", "edm"):
         raise ValueError("form='v' (dx/dt) needs a straight path, where it is constant for a point mass: flow or edm, "
                          f"got {path.name}")  # fmt: skip
-    return adams(path, times, form, variable, nodes, final=final, start=start)
+    return adams(path, times, form, variable, nodes, final=final, start=start, corrector=corrector)
