@@ -19,7 +19,7 @@ import torch
 from ..models.denoiser import Denoiser
 from ..models.paths import coefficient
 from .noise import STEP, check_ids, normal
-from .plan import HISTORY, Plan, Terms, X, joined
+from .plan import HISTORY, Plan, Row, Terms, X, joined
 from .table import Table
 
 
@@ -179,18 +179,26 @@ def _call(
 def _step_together(
     d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane: int, transform, z
 ) -> tuple[State, Info]:
-    x, y, history, index, ids = state
-    row = plan.row(index, lane, transform is not None)
-    info, outputs = _call(d, plan, state, index, row.t, cond, transform)
+    row = plan.row(state.row, lane, transform is not None)
+    info, outputs = _call(d, plan, state, state.row, row.t, cond, transform)
     if z is None and row.draws:
-        z = normal(seed, ids, x.shape[1:], index + 1, STEP, x.dtype)
-    sources = [x, y, z, *history, *outputs]
+        z = normal(seed, state.ids, state.x.shape[1:], state.row + 1, STEP, state.x.dtype)
+    return apply(row, state, outputs, z), info
+
+
+def apply(row: Row, state: State, outputs: tuple[torch.Tensor, ...], z: torch.Tensor | None = None) -> State:
+    """What follows a network call that gave ``outputs``: for whoever called the network himself.
+
+    ``row`` is ``plan.row(state.row)``; ``z`` is the row's fresh noise, needed where ``row.draws``.
+    """
+    history = state.d
+    sources = [state.x, state.y, z, *history, *outputs]
     if row.slot is not None:
         sources[HISTORY + row.slot] = _combine(sources, row.new)
         history = tuple(sources[HISTORY : HISTORY + len(history)])
     x = _combine(sources, row.x)
     y = x if row.y is None else _combine(sources, row.y)
-    return State(x, y, history, index + 1, ids), info
+    return State(x, y, history, state.row + 1, state.ids)
 
 
 def _combine(sources: list, terms: Terms) -> torch.Tensor:
