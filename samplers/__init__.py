@@ -30,3 +30,18 @@ __all__ = [
     "restart", "rk", "sa", "sample", "sde_dpmpp", "starting_noise", "step", "take", "time_shift",
     "unipc",
 ]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """``FewstepScheduler`` is imported when it is asked for: it alone needs diffusers."""
+    if name != "FewstepScheduler":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"FewstepScheduler needs diffusers ({error}): pip install 'fewstep[diffusers]'"
+        ) from error
+    from .scheduler import FewstepScheduler
+
+    return FewstepScheduler

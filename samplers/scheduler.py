@@ -1,0 +1,472 @@
+"""Any solver of ours in any diffusers pipeline, unchanged: ``FewstepScheduler``.
+
+    from fewstep.samplers import FewstepScheduler
+    pipe.scheduler = FewstepScheduler.from_config(
+        pipe.scheduler.config, solver="deis", solver_order=3, timestep_spacing="logsnr")
+    image = pipe("a photo of a fox", num_inference_steps=8).images[0]
+
+A pipeline that was saved with it names this module, and diffusers imports no module because a folder names it:
+
+    from fewstep.samplers import FewstepScheduler                     # this line first, and all is well
+    pipe = DiffusionPipeline.from_pretrained(folder)
+
+    pipe = DiffusionPipeline.from_pretrained(folder, scheduler=...)   # or any other scheduler in its place
+
+>>> scheduler = FewstepScheduler(prediction_type="flow_prediction", shift=3.0, solver="dpmpp", solver_order=2)
+>>> scheduler.set_timesteps(4)
+>>> scheduler.timesteps.tolist()
+[1000.0, 900.0, 750.0, 500.0]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+# Whoever loads a pipeline looks these two names up in this module: they must stay even where nothing else uses them.
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from ..models.denoiser import Denoiser
+from ..models.paths import Path, coefficient
+from . import scheduler_config as meaning
+from .catalogue import find
+from .loop import State, apply
+from .noise import STEP, check_ids, normal
+from .plan import Plan
+from .table import Table
+
+TABLE_FILE = "table.json"
+HALVES = (torch.float16, torch.bfloat16)
+Noise = Any  # int seed | torch.Generator | list[torch.Generator] | None
+
+
+class FewstepScheduler(SchedulerMixin, ConfigMixin):
+    """Runs the table of any solver inside a diffusers pipeline. Keys are named as diffusers names them:
+
+    Args:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, rescale_betas_zero_snr: the network's
+            noise levels, for all but flows.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow_prediction``. ``from_config`` recognises
+            the config of a flow scheduler, which has no such key.
+        solver, solver_order, solver_options: a solver of ``fewstep.samplers`` by name, its order (or nodes) if it has
+            one, and any other options of it.
+        timestep_spacing: ``trailing``, ``linspace``, ``leading`` as diffusers has them, or a grid of ours
+            (``logsnr``, ``karras``, ``vp``, ...), which the config holds under ``grid``, so that diffusers' schedulers
+            can read what they are handed back. ``use_karras_sigmas`` and its like are understood.
+        final_sigmas_type: ``zero``, or ``sigma_min`` to stop at index 0.
+        shift, use_dynamic_shifting, time_shift_type, shift_terminal, shift_custom: of a flow's times. Times made here
+            and the ``sigmas`` that a pipeline passes are shifted (those only if ``shift_custom``), ``timesteps`` never.
+        clip_sample, clip_sample_range: whether every estimate of x0 is clipped.
+        table: a ``Table``, its file or its content, in place of solver and grid. Saved beside the config.
+        seed: of the noise of stochastic solvers; see ``set_noise``.
+
+    The network is called at ``timesteps[i]``: for solvers that call it more than once a step that is every call. The
+    pipeline's ``sample`` is where the network was called; if the pipeline changes it (inpainting does), so be it.
+    """
+
+    _compatibles = [
+        "DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+        "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler",
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
+    ]  # fmt: skip
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        solver: str = "multistep",
+        solver_order: int = 3,
+        solver_options: Mapping[str, Any] | None = None,
+        timestep_spacing: str = "trailing",
+        grid: str | None = None,
+        final_sigmas_type: str = "zero",
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        time_shift_type: str = "exponential",
+        shift_terminal: float | None = None,
+        shift_custom: bool = True,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        table: Table | str | Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ):
+        if timestep_spacing not in meaning.SPACINGS:
+            self.register_to_config(timestep_spacing="trailing", grid=grid or timestep_spacing)
+        if final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}")
+        find(solver)
+        meaning.grid_name(self.config)
+        self._path, self._predicts = meaning.network(self.config)
+        self._given = None if table is None else _as_table(table)
+        if self._given is not None:
+            self._plan_of(self._given)  # of this network's path, or ValueError
+            self.register_to_config(table=json.loads(self._given.to_json()))
+        self.betas = torch.as_tensor(meaning.betas(self.config), dtype=torch.float32)
+        self.alphas_cumprod = torch.as_tensor(meaning.alphas_cumprod(self.config), dtype=torch.float32)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self._noise: Noise = seed
+        self._ids: torch.Tensor | None = None
+        self._order: int | None = None
+        self._table: Table | None = None
+        self._forget()
+        levels = self._training_times()
+        self.timesteps = torch.as_tensor(levels * self._time_scale, dtype=torch.float32)
+        self.sigmas = self._levels(levels)
+
+    # --- what pipelines read ------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> int:
+        """Calls a step once the solver has started; progress bars and image-to-image starts count with it."""
+        if self._order is None:
+            self._order = 1 if self._given is not None else meaning.calls_a_step(self.config, self._path)
+        return self._order
+
+    @property
+    def step_index(self) -> int | None:
+        """How many entries of ``timesteps`` are done, None before the first step."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Where in ``timesteps`` the pipeline said that it begins."""
+        return self._begin_index
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # --- before the loop ----------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Make the table and forget the last run; the grid follows ``scheduler_config.times``.
+
+        ``timesteps`` are used as they are, ``sigmas`` are shifted on a flow (Flux passes them so), by ``mu`` where the
+        config says so. A table that was given knows its times: then only the number of steps is checked.
+        """
+        if self._given is not None:
+            if timesteps is not None:
+                raise ValueError("timesteps cannot be given beside a table, which has its own")
+            n = meaning.steps_of(num_inference_steps, sigmas)
+            steps = self._given.times.shape[-1] - 1
+            if n not in (steps, self._given.calls):
+                raise ValueError(
+                    f"num_inference_steps must be {steps}, the table's own number of steps, got {n}"
+                )
+            table = self._given
+        else:
+            grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
+            table = meaning.build(self.config, self._path, grid)
+        self._forget()
+        self._table = table
+        self._use(table)
+        self.num_inference_steps = table.times.shape[-1] - 1
+        at = table.t[:, 0]
+        self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
+        self.sigmas = self._levels(np.append(at, table.times.reshape(-1)[-1]))
+        self._seed = self._noise
+        if (
+            self._noise is None and table.stochastic
+        ):  # a run's own, yet torch.manual_seed makes it the same again
+            self._seed = int(torch.randint(2**62, (1,))[0])
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin at ``timesteps[begin_index]``: the solver starts there anew, its order rising from one."""
+        if self._table is None:
+            raise ValueError("set_timesteps must be called before set_begin_index")
+        whole = isinstance(begin_index, (int, np.integer)) and not isinstance(begin_index, bool)
+        if not whole or not 0 <= begin_index < self._table.calls:
+            raise ValueError(
+                f"begin_index must be an integer in 0 .. {self._table.calls - 1}, got {begin_index!r}"
+            )
+        self._use(self._from(int(begin_index)))
+        self._begin_index, self._step_index, self._state = int(begin_index), None, None
+
+    def set_noise(self, noise: Noise, ids: torch.Tensor | None = None) -> None:
+        """What stochastic solvers draw from where the pipeline passes no generator (SD3, Flux and DiT never do).
+
+        A seed: noise that depends on the seed, a sample's id (0 .. batch - 1 unless given) and the step alone. A
+        generator, or a list with one an image. None: a seed from torch's global generator in every ``set_timesteps``.
+        """
+        generators = noise if isinstance(noise, (list, tuple)) else [noise]
+        kinds = {type(g) for g in generators}
+        seed = isinstance(noise, int) and not isinstance(noise, bool)
+        if not (noise is None or seed or kinds == {torch.Generator}):
+            raise TypeError(f"noise must be a seed, a torch.Generator, a list of them or None, got {noise!r}")
+        self._ids = None if ids is None else check_ids(ids)
+        self._noise = self._seed = noise
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The network gets the sample as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
+        """From the network's answer at ``sample`` to where it is to be called next; at the end, the result.
+
+        Steps are counted: ``timestep`` is looked at only in a first step, to see which entry of ``timesteps`` it is,
+        where the pipeline has cut them short without ``set_begin_index``.
+        """
+        if self._rows is None:
+            raise ValueError("set_timesteps must be called before step")
+        if self._step_index is None:
+            if self._begin_index is None and not torch.compiler.is_compiling():
+                begin = _place(timestep, self.timesteps)
+                if begin:
+                    self.set_begin_index(begin)
+            self._step_index = self._begin_index or 0
+        index = self._step_index - (self._begin_index or 0)
+        if index >= len(self._rows):
+            raise ValueError(f"all {len(self._rows)} steps are done: set_timesteps begins anew")
+        row = self._rows[index]
+        state = self._taken_in(index, sample)
+        if model_output.shape != sample.shape:
+            model_output = self._mean(model_output, sample)
+        z = self._fresh(state, generator) if row.draws else None
+        if self._to_x0 is not None:
+            p, q = self._to_x0[index]
+            reach = self.config.clip_sample_range
+            model_output = (p * state.y + q * model_output.to(state.y.dtype)).clamp(-reach, reach)
+        self._state = apply(row, state, (model_output,), z)
+        self._step_index += 1
+        following = self._state.y.to(sample.dtype)
+        if sample.dtype in HALVES:
+            self._handed_out = following, following._version
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def _taken_in(self, index: int, sample: torch.Tensor) -> State:
+        """The state with ``sample`` as y, and as x too where the table has one for both; float32 at least."""
+        given = sample if sample.dtype == torch.float64 else sample.float()
+        state = self._state
+        if state is None:
+            ids = torch.arange(len(sample), device=sample.device) if self._ids is None else self._ids
+            return State(given, given, (None,) * self._slots, 0, ids.to(sample.device))
+        if sample.shape != state.y.shape:
+            raise ValueError(
+                f"sample must keep its shape between steps, {tuple(state.y.shape)}, got {tuple(sample.shape)}"
+            )
+        if sample.dtype in HALVES and self._handed_out is not None:
+            handed_out, version = self._handed_out
+            if sample is handed_out and sample._version == version:  # untouched: go on in full precision
+                return state
+        return State(given if self._joined[index] else state.x, given, state.d, index, state.ids)
+
+    def _mean(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The prediction, of a network that answers with a variance beside it."""
+        channels = sample.shape[1]
+        learned = str(self.config.get("variance_type", "")).startswith("learned")
+        if not learned or model_output.shape != (sample.shape[0], 2 * channels, *sample.shape[2:]):
+            raise ValueError(
+                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
+            )
+        return model_output[:, :channels]
+
+    def _fresh(self, state: State, generator: Any) -> torch.Tensor:
+        """The row's standard normals: the step's generator, else what ``set_noise`` said."""
+        source = self._seed if generator is None else generator
+        shape, like = state.x.shape, {"dtype": state.x.dtype}
+        if isinstance(source, int):
+            return normal(source, state.ids, shape[1:], state.row + 1, STEP, state.x.dtype)
+        if isinstance(source, torch.Generator):
+            return torch.randn(shape, generator=source, device=source.device, **like).to(state.x.device)
+        if len(source) != shape[0]:
+            raise ValueError(
+                f"generator must be one or a list of {shape[0]}, one an image, got {len(source)}"
+            )
+        drawn = [
+            torch.randn(shape[1:], generator=g, device=g.device, **like).to(state.x.device) for g in source
+        ]
+        return torch.stack(drawn)
+
+    # --- noising ------------------------------------------------------------------------------------------------
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """alpha(t) x0 + sigma(t) noise, t in the network's units, one for all or one a sample."""
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise.to(original_samples.dtype)
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: float | torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``add_noise``, as flow schedulers call it."""
+        if noise is None:
+            raise ValueError("noise must be a tensor of standard normals like sample, got None")
+        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+
+    def get_velocity(
+        self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """What a v-network is trained to answer: alpha noise - sigma x0; on a flow, noise - x0."""
+        if self._path.name == "flow":
+            return noise - sample
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        t = torch.as_tensor(timesteps).to(like.device).double() / self._time_scale
+        return coefficient(self._path.alpha(t), like), coefficient(self._path.sigma(t), like)
+
+    # --- the table ----------------------------------------------------------------------------------------------
+
+    @property
+    def _time_scale(self) -> float:
+        return meaning.time_scale(self.config, self._path)
+
+    def _forget(self) -> None:
+        self._rows = self._to_x0 = self._state = self._handed_out = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._seed: Noise = None
+
+    def _plan_of(self, table: Table) -> Plan:
+        if table.lanes != 1:
+            raise ValueError(f"table must have one lane, got {table.lanes}: pick one with table.lane(index)")
+        return table.on(_network(self._path, self._predicts))
+
+    def _use(self, table: Table) -> None:
+        """All that steps will read, as plain numbers."""
+        clip = self.config.clip_sample
+        plan = self._plan_of(table)
+        self._rows = [plan.row(index, 0, clip) for index in range(table.calls)]
+        self._joined, self._slots = plan.joined.tolist(), table.slots
+        if clip:
+            affine = _network(self._path, self._predicts).affine
+            scalars = (affine(t, "x0") for t in table.t[:, 0].tolist())
+            self._to_x0 = [(p, q) for p, (q,) in scalars]
+
+    def _from(self, begin: int) -> Table:
+        """The table that begins at call ``begin``, with a start of its own."""
+        table = self._table
+        if begin == 0:
+            return table
+        at = int(np.abs(table.times[:-1] - table.t[begin, 0]).argmin())
+        if self._given is None:
+            later = meaning.build(self.config, self._path, table.times[at:])
+        else:
+            later = find(table.solver)(self._path, table.times[at:], **table.options)
+        if later.calls != table.calls - begin or not np.allclose(later.t, table.t[begin:]):
+            raise ValueError(
+                f"begin_index must be a call at which a step of {table.solver} begins, and the steps that follow must "
+                f"be those that it makes when it begins there; call {begin} of {table.calls} is none"
+            )
+        return later
+
+    def _training_times(self) -> np.ndarray:
+        if self._path.name != "flow":
+            return np.arange(self._path.t_max, -1.0, -1.0)
+        t = np.linspace(1.0, 1.0 / self.config.num_train_timesteps, self.config.num_train_timesteps)
+        return t if self.config.use_dynamic_shifting else meaning.shifted(self.config, t)
+
+    def _levels(self, t: np.ndarray) -> torch.Tensor:
+        """Noise levels as diffusers counts them: sigma / alpha, on a flow sigma."""
+        return torch.as_tensor(t if self._path.name == "flow" else self._path.rho(t), dtype=torch.float32)
+
+    # --- configs ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From the config of any scheduler with betas or of flow matching; keyword arguments replace its keys.
+
+        What this class does not know stays in the config, for the class that knows it.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"config must be a scheduler's config, e.g. pipe.scheduler.config, got {config!r}"
+            )
+        spacing = kwargs.get("timestep_spacing")
+        if spacing is not None:  # what the config says itself is left to the class that it came from
+            kwargs.setdefault("grid", spacing)
+            if spacing not in meaning.SPACINGS:
+                del kwargs["timestep_spacing"]
+        family = meaning.family({**config, **kwargs})
+        if family == "flow_prediction":
+            if "prediction_type" not in config and "prediction_type" not in kwargs:
+                logging.getLogger(__name__).info(
+                    "a flow scheduler's config: prediction_type is flow_prediction"
+                )
+                kwargs["prediction_type"] = family
+            if "flow_shift" in config and "shift" not in config:
+                kwargs.setdefault("shift", config["flow_shift"])
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As diffusers does, and the table from the file beside the config."""
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if isinstance(config.get("table"), str):
+            folder = os.path.join(os.fspath(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+            config["table"] = json.loads(Table.load(os.path.join(folder, config["table"])).to_json())
+        return loaded
+
+    def save_config(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """``scheduler_config.json``, and ``table.json`` beside it if a table was given."""
+        if self._given is not None:
+            self._given.save(os.path.join(save_directory, TABLE_FILE))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON; a table is named by its file."""
+        content = json.loads(super().to_json_string())
+        if content.get("table") is not None:
+            content["table"] = TABLE_FILE
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _as_table(given: Table | str | os.PathLike | Mapping[str, Any]) -> Table:
+    if isinstance(given, Table):
+        return given
+    return Table.from_json(json.dumps(given)) if isinstance(given, Mapping) else Table.load(given)
+
+
+def _network(path: Path, predicts: str) -> Denoiser:
+    """A network that is never called: the pipeline calls it. It says what the outputs mean."""
+    return Denoiser(_not_called, path, predicts=predicts)
+
+
+def _not_called(*_: Any) -> Any:
+    raise RuntimeError("the pipeline calls the network")
+
+
+def _place(timestep: Any, timesteps: torch.Tensor) -> int:
+    """Which entry of ``timesteps`` this is a view of, 0 if of none: no value is read, so nothing is waited for."""
+    if not isinstance(timestep, torch.Tensor) or timestep.device != timesteps.device or timestep.numel() != 1:
+        return 0
+    if timestep.untyped_storage().data_ptr() != timesteps.untyped_storage().data_ptr():
+        return 0
+    return timestep.storage_offset() - timesteps.storage_offset()

@@ -1,0 +1,244 @@
+"""What a diffusers scheduler's config says: of a network (path, prediction), and of the times to call it at.
+
+>>> path, predicts = network({"prediction_type": "flow_prediction"})
+>>> path.name, predicts, times({"timestep_spacing": "trailing", "shift": 3.0}, path, 4).tolist()
+('flow', 'flow', [1.0, 0.9, 0.75, 0.5, 0.0])
+>>> network({"prediction_type": "epsilon", "beta_schedule": "scaled_linear"})[0].t_max
+999.0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..models import paths
+from ..models.paths import Path
+from . import grids
+from .catalogue import find, find_grid
+from .table import Table
+
+PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+SPACINGS = ("leading", "linspace", "trailing")  # diffusers' own; every grid of ours may be named beside them
+# What only flow schedulers' configs hold; they do not say a prediction_type.
+FLOW_KEYS = {
+    "shift", "flow_shift", "time_shift_type", "use_dynamic_shifting", "invert_sigmas", "shift_terminal",
+    "stochastic_sampling", "base_image_seq_len",
+}  # fmt: skip
+DDPM_KEYS = {"beta_schedule", "beta_start", "beta_end", "trained_betas"}
+GRID_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "logsnr",
+}
+# diffusers leaves index 0 out of "linspace" and "leading" for its multistep classes, but not for these.
+KEEPS_INDEX_ZERO = {"ddim", "ddpm", "euler", "heun", "pndm", "consistency"}
+SHIFTABLE = {*SPACINGS, "shifted", "uniform", "power", "quadratic", "vp"}  # grids in t, that a shift moves
+
+
+def family(config: Mapping[str, Any], name: str = "config") -> str:
+    """The ``prediction_type`` that a config means, ``flow_prediction`` where only its keys give a flow away.
+
+    >>> family({"num_train_timesteps": 1000, "shift": 3.0}), family({"beta_schedule": "linear"})
+    ('flow_prediction', 'epsilon')
+    """
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name} has invert_sigmas=True: time that runs from data to noise is not supported")
+    if "prediction_type" in config and (DDPM_KEYS | FLOW_KEYS) & set(config):
+        return config["prediction_type"]
+    if DDPM_KEYS & set(config):
+        return "epsilon"
+    if FLOW_KEYS & set(config):
+        return "flow_prediction"
+    kind = config.get("_class_name", "an unknown class")
+    raise ValueError(
+        f"{name} must be that of a scheduler with betas ({', '.join(sorted(DDPM_KEYS))}) or of flow matching (shift, "
+        f"..), got one of {kind} without any of these keys"
+    )
+
+
+def betas(config: Mapping[str, Any]) -> np.ndarray:
+    """The variances that the forward process adds, float64 of shape (num_train_timesteps,)."""
+    given = config.get("trained_betas")
+    count, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if given is not None:
+        values = np.asarray(given, dtype=np.float64)
+    elif kind == "linear":
+        values = np.linspace(first, last, count)
+    elif kind == "scaled_linear":
+        values = np.linspace(math.sqrt(first), math.sqrt(last), count) ** 2
+    elif kind == "squaredcos_cap_v2":  # 2102.09672
+        abar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
+        values = np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
+    elif kind == "sigmoid":
+        values = first + (last - first) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count)))
+    else:
+        known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+        raise ValueError(f"beta_schedule must be one of {known}, got {kind!r}; or pass trained_betas")
+    if not config.get("rescale_betas_zero_snr"):
+        return values
+    root = np.sqrt(np.cumprod(1.0 - values))  # 2305.08891: shift the last to 0, keep the first
+    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return 1.0 - abar / np.append(1.0, abar[:-1])
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
+    """The share of signal left, float64. Zero terminal SNR ends at 2^-24 or less instead, so that lam stays finite."""
+    values = np.cumprod(1.0 - betas(config))
+    if config.get("rescale_betas_zero_snr"):
+        values[-1] = min(2.0**-24, values[-2] / 2)
+    return values
+
+
+def network(config: Mapping[str, Any]) -> tuple[Path, str]:
+    """The path that the network lives on, and what it predicts."""
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTS:
+        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTS)}, got {prediction!r}")
+    if prediction == "flow_prediction":
+        return paths.flow(), "flow"
+    return paths.vp_discrete(alphas_cumprod(config)), PREDICTS[prediction]
+
+
+def time_scale(config: Mapping[str, Any], path: Path) -> float:
+    """The network's timestep is this times our t."""
+    return float(config.get("num_train_timesteps", 1000)) if path.name == "flow" else 1.0
+
+
+def grid_name(config: Mapping[str, Any]) -> str:
+    """Which grid a config asks for: ``grid``, else a ``use_.._sigmas`` flag, else ``timestep_spacing``."""
+    flags = [name for flag, name in GRID_FLAGS.items() if config.get(flag)]
+    name = config.get("grid") or (flags or [config.get("timestep_spacing", "trailing")])[0]
+    if name not in (*SPACINGS, *grids.NAMES):
+        raise ValueError(
+            f"timestep_spacing must be one of {', '.join(SPACINGS)} or a grid of fewstep's "
+            f"({', '.join(n for n in grids.NAMES if n not in SPACINGS)}), got {name!r}"
+        )
+    return name
+
+
+def steps_of(n: Any, *given: Sequence[float] | None) -> int:
+    """The number of steps: ``num_inference_steps``, which must be that of the sigmas or timesteps where both come."""
+    lengths = [len(values) for values in given if values is not None]
+    if n is None and lengths:
+        return lengths[0]
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
+    if lengths and lengths[0] != n:
+        raise ValueError(
+            f"num_inference_steps must be the number of sigmas or timesteps, {lengths[0]}, or None; got {n}"
+        )
+    return int(n)
+
+
+def times(
+    config: Mapping[str, Any],
+    path: Path,
+    n: int | None,
+    sigmas: Sequence[float] | None = None,
+    timesteps: Sequence[float] | None = None,
+    mu: float | None = None,
+) -> np.ndarray:
+    """The grid, n + 1 falling times: from the config, or from explicit ``sigmas`` or ``timesteps``.
+
+    ``timesteps`` are used as they are. So are ``sigmas`` on a VP path (there they are sigma / alpha); on a flow they
+    are shifted, as pipelines count on, unless the config has ``shift_custom=False``.
+    """
+    if sigmas is not None and timesteps is not None:
+        raise ValueError("sigmas and timesteps say the same thing twice: pass one of them")
+    n = steps_of(n, sigmas, timesteps)
+    flow = path.name == "flow"
+    if timesteps is not None:
+        given = np.asarray(timesteps, dtype=np.float64) / time_scale(config, path)
+        result = _named("timesteps", timesteps, grids.explicit, path, given)
+    elif sigmas is not None:
+        given = np.asarray(sigmas, dtype=np.float64)
+        if flow and config.get("shift_custom", True):
+            given = shifted(config, given, mu)
+        most = 1.0 if flow else path.rho(path.t_max)
+        given = np.where((given > most) & (given < 1.001 * most), most, given)  # written with few digits
+        result = _named("sigmas", sigmas, grids.explicit, path, sigmas=given)
+    else:
+        result = _generated(config, path, n, mu)
+    if config.get("final_sigmas_type", "zero") == "sigma_min":
+        if flow:
+            raise ValueError("final_sigmas_type='sigma_min' needs a table of betas: on a flow it is 'zero'")
+        if result[-2] <= path.t_min:
+            raise ValueError(
+                "final_sigmas_type='sigma_min' ends at index 0, where this grid has its last call"
+            )
+        result = np.append(result[:-1], path.t_min)
+    return result
+
+
+def _named(name: str, given: Any, build: Any, *arguments: Any, **options: Any) -> np.ndarray:
+    try:
+        return build(*arguments, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} do not make a grid ({error}): got {list(np.asarray(given).tolist())}"
+        ) from None
+
+
+def _generated(config: Mapping[str, Any], path: Path, n: int, mu: float | None) -> np.ndarray:
+    name = grid_name(config)
+    try:
+        if path.name == "flow":
+            if name == "linspace":
+                plain = np.append(
+                    np.linspace(1.0, 1.0 / config.get("num_train_timesteps", 1000), n + 1)[:n], 0.0
+                )
+            else:  # "leading" has no meaning of its own here
+                plain = find_grid("uniform" if name in (*SPACINGS, "shifted") else name)(path, n)
+            return np.append(shifted(config, plain[:-1], mu), 0.0) if name in SHIFTABLE else plain
+        if name == "trailing":
+            return grids.trailing(path, n)
+        if name in SPACINGS:
+            like = "ddim" if config.get("solver") in KEEPS_INDEX_ZERO else "dpm"
+            if name == "linspace":
+                return grids.linspace(path, n, like)
+            return grids.leading(path, n, config.get("steps_offset", 0), like)
+        return find_grid(name)(path, n)
+    except ValueError as error:
+        raise ValueError(f"num_inference_steps = {n} makes no {name!r} grid: {error}") from None
+
+
+def shifted(config: Mapping[str, Any], t: np.ndarray, mu: float | None = None) -> np.ndarray:
+    """t' = s t / (1 + (s - 1) t), s the config's shift or, with dynamic shifting, e^mu (or mu itself)."""
+    s = config.get("shift", 1.0)
+    if config.get("use_dynamic_shifting"):
+        if mu is None:
+            raise ValueError("mu must be passed where the config says use_dynamic_shifting=True")
+        s = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+    if not s > 0:
+        raise ValueError(f"shift must be positive, got {s!r}")
+    t = s * t / (1.0 + (s - 1.0) * t)
+    end = config.get("shift_terminal")
+    if end and len(t) > 1:  # stretched so that the last call stands there
+        t = 1.0 - (1.0 - t) * (1.0 - end) / (1.0 - t[-1])
+    return t
+
+
+def build(config: Mapping[str, Any], path: Path, grid: np.ndarray) -> Table:
+    """The config's solver on a grid; ``solver_order`` is its ``order`` or ``nodes``, if it has one."""
+    solver = find(config.get("solver", "multistep"))
+    options = dict(config.get("solver_options") or {})
+    for name in ("order", "nodes", "predictor"):
+        if name in solver.entry.options and name not in options:
+            options[name] = config.get("solver_order", 3)
+            break
+    return solver(path, grid, **options)
+
+
+def calls_a_step(config: Mapping[str, Any], path: Path) -> int:
+    """How many calls the solver makes a step once it has started: what diffusers calls a scheduler's ``order``."""
+    try:
+        counts = [build(config, path, np.linspace(path.t_max, path.t_min, n + 1)).calls for n in (7, 6)]
+    except ValueError:  # options that fit one number of steps alone
+        return 1
+    return max(counts[0] - counts[1], 1)
