@@ -6,6 +6,8 @@ from .classifier import DigitClassifier, load_classifier
 from .denoiser import Denoiser
 from .digits import digits
 from .dit import DiT, DiTConfig
+from .gaussian_fit import gaussian
+from .gaussian_stats import GaussianStats
 from .ideal import IdealDenoiser
 from .load import load, save_checkpoint
 from .mixture import GaussianMixture
@@ -18,11 +20,13 @@ __all__ = [
     "DiTConfig",
     "DigitClassifier",
     "GaussianMixture",
+    "GaussianStats",
     "IdealDenoiser",
     "UNet",
     "UNetConfig",
     "class_probability",
     "digits",
+    "gaussian",
     "in_blocks",
     "ink",
     "load",

@@ -21,14 +21,15 @@ from .rk import rk
 from .sa import sa
 from .sde_dpmpp import sde_dpmpp
 from .table import Table
+from .teleport import skip, teleport
 from .time_shift import time_shift
 from .unipc import unipc
 
 __all__ = [
     "Info", "Program", "State", "Table", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp",
     "ersde", "euler", "fast_orders", "grids", "heun", "init", "ipndm", "ipndm_v", "multistep", "pndm",
-    "restart", "rk", "sa", "sample", "sde_dpmpp", "starting_noise", "step", "take", "time_shift",
-    "unipc",
+    "restart", "rk", "sa", "sample", "sde_dpmpp", "skip", "starting_noise", "step", "take",
+    "teleport", "time_shift", "unipc",
 ]  # fmt: skip
 
 

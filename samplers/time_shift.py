@@ -189,7 +189,8 @@ class _Relabelled(Denoiser):
 
     def __init__(self, inner: Denoiser):
         self.__dict__.update(inner.__dict__)
-        self.inner, self.label = inner, None
+        self.inner = inner
+        self.label: torch.Tensor | None = None
 
     def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
         """The outputs at the label."""
