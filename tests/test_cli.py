@@ -22,7 +22,7 @@ def test_the_command_is_installed_and_lists_its_verbs():
     shown = subprocess.run(
         [sys.executable, "-m", "fewstep", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(verb in shown for verb in ("sample", "solvers", "table", "teacher", "demo"))
+    assert all(verb in shown for verb in ("sample", "solvers", "table", "teleport-stats", "teacher", "demo"))
 
 
 def test_solvers_lists_every_exported_solver_with_its_paper(capsys):
@@ -112,3 +112,25 @@ def test_a_table_saved_by_the_command_is_plain_json(tmp_path, capsys):
     file = tmp_path / "t.json"
     run("table", "ddim", "--steps", 3, "--out", file, capsys=capsys)
     assert json.loads(file.read_text())["solver"] == "ddim"
+
+
+def test_teleport_stats_writes_what_skip_takes(tmp_path, capsys):
+    from fewstep.models import GaussianStats
+
+    file = tmp_path / "stats.npz"
+    words = ["teleport-stats", "--data", "digits", "--rank", 16, "--by-class", "--out", file]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and "1437 images of 1 x 8 x 8, rank 16, 10 classes" in out
+    stats = GaussianStats.load(file)
+    assert stats.classes == 10 and stats.rank == 16 and stats.shape == (1, 8, 8)
+    np.savez(tmp_path / "images.npz", np.zeros((4, 2, 2, 1), dtype=np.uint8))
+    words = ["teleport-stats", "--data", tmp_path / "images.npz", "--out", file]
+    code, out, _ = run(*words, capsys=capsys)
+    assert code == 0 and "rank 4" in out  # as many as there are
+    for extra, message in (
+        (["--by-class"], "needs labels"),
+        (["--out", "a.pt"], "must end in .npz"),
+        (["--rank", 0], "rank"),
+    ):
+        code, _, error = run(*words, *extra, capsys=capsys)
+        assert code == 2 and message in error
