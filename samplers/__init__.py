@@ -1,6 +1,8 @@
 """Solvers as data, and the one loop that runs them."""
 
 from . import grids
+from .adapters import adapted
+from .blend import Blend
 from .consistency import consistency
 from .ddim import ddim
 from .ddpm import ddpm
@@ -9,9 +11,11 @@ from .dpm_single import dpm_single, fast_orders
 from .dpmpp import dpm, dpmpp
 from .ersde import ersde
 from .euler import euler
+from .guidance import autoguidance, cfg, rlg
 from .heun import heun
 from .ipndm import ipndm, ipndm_v
 from .loop import Info, State, init, sample, step, take
+from .minority import feature_distance, minority, minority_classes, minority_score
 from .multistep import multistep
 from .noise import starting_noise
 from .pndm import pndm
@@ -26,10 +30,11 @@ from .time_shift import time_shift
 from .unipc import unipc
 
 __all__ = [
-    "Info", "Program", "State", "Table", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp",
-    "ersde", "euler", "fast_orders", "grids", "heun", "init", "ipndm", "ipndm_v", "multistep", "pndm",
-    "restart", "rk", "sa", "sample", "sde_dpmpp", "skip", "starting_noise", "step", "take",
-    "teleport", "time_shift", "unipc",
+    "Blend", "Info", "Program", "State", "Table", "adapted", "autoguidance", "cfg", "consistency", "ddim",
+    "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders", "feature_distance",
+    "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score",
+    "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "skip", "starting_noise", "step",
+    "take", "teleport", "time_shift", "unipc",
 ]  # fmt: skip
 
 
