@@ -140,6 +140,12 @@ def sample(argv: list[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--label", type=int, help="class of all samples (default: every class in turn)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="scale of classifier-free guidance: 1 is none, 0 forgets the class (default: 1)",
+    )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument(
         "--out",
@@ -153,7 +159,7 @@ def sample(argv: list[str]) -> int:
 
     from .eval import images
     from .models import in_blocks, load
-    from .samplers import catalogue
+    from .samplers import catalogue, cfg
     from .samplers import sample as draw
     from .samplers.noise import starting_noise
 
@@ -173,6 +179,10 @@ def sample(argv: list[str]) -> int:
         raise ValueError(
             f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label"
         )
+    if arguments.guidance != 1:
+        if not classes:
+            raise ValueError(f"--guidance needs a model of classes, and {arguments.model} has none")
+        d = cfg(d, arguments.guidance)
     plan = table.on(d, device)
     made, labels = [], []
     for first in _progress(range(0, arguments.num, arguments.batch)):

@@ -82,6 +82,29 @@ def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
     assert Image.open(tmp_path / "a.png").size[0] >= 300
 
 
+def test_guidance_is_cfg_at_that_scale_and_1_is_none(tmp_path, capsys):
+    import torch
+
+    from fewstep.models import load
+    from fewstep.samplers import cfg, grids, multistep, sample, starting_noise
+
+    words = ("sample", "digits", "--steps", 3, "--num", 8, "--label", 3, "--grid", "karras", "--out")
+    for name, more in {
+        "a": (),
+        "b": ("--guidance", 1),
+        "c": ("--guidance", 2.5),
+        "d": ("--guidance", 2.5, "--batch", 3),
+    }.items():
+        assert run(*words, tmp_path / f"{name}.npz", *more, capsys=capsys)[0] == 0
+    a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in "abcd")
+    assert (a == b).all() and (c == d).all() and np.abs(a - c).max() > 20
+    guided = cfg(load("digits"), 2.5)
+    table = multistep(guided.path, grids.karras(guided.path, 3))
+    x = sample(guided, starting_noise(0, 8, guided.shape), table, cond={"label": torch.full((8,), 3)})
+    wanted = ((x.clamp(-1, 1) + 1) * 127.5)[:, 0].numpy()
+    assert np.abs(wanted - c[..., 0]).max() < 1  # rounded to grey levels
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -95,6 +118,7 @@ def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
         (["sample", "digits", "--grid", "lgsnr"], "did you mean logsnr"),
         (["sample", "digits", "--num", "0"], "--num"),
         (["sample", "digits", "--label", "10"], "--label must lie in 0 .. 9"),
+        (["sample", "digits", "--guidance", "nan"], "scale must be a finite number"),
         (["sample", "digits", "--out", "x.jpg"], ".png or .npz"),
         (["sample", "digits", "--seed", "-1"], "seed must be"),
         (["table", "deis", "--path", "vp"], "path must be one of"),
