@@ -87,7 +87,7 @@ def rlg(base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval 
 
     ``tuned`` may be the name of an adapter (LoRA) on ``base``'s network: then the base is that network with its
     adapters off, and no second copy is held (see ``adapted``). With text or class guidance on top, write
-    ``cfg(rlg(base, tuned, w), g)``.
+    ``cfg(rlg(base, tuned, w), g)``; with two rewards, ``Blend((base, one, two), (1 - v - w, v, w))``.
 
     >>> from fewstep.models import GaussianMixture, paths
     >>> base, tuned = (GaussianMixture([1.0], [[m]], 1.0).denoiser(paths.flow(), "flow") for m in (0.0, 1.0))

@@ -57,7 +57,8 @@ def minority_score(
         t: by default where sigma/alpha is that of the paper (0.6 on the linear VP path); where classes of features
             begin to be undecided is best, which for small or simple data is later (less noise).
         distance: (B, ...), (B, ...) -> (B,); by default the mean squared difference. ``feature_distance(net)`` makes
-            one of a classifier's features.
+            one of a classifier's features; LPIPS, the paper's, is ``fewstep.models.lpips.lpips(vgg, heads)`` of files
+            that you have.
         draws: normals a sample. All samples get the same ones, so that scores differ by the samples alone.
     """
     check_denoiser("d", d)

@@ -244,6 +244,20 @@ def test_rescale_against_the_formula_by_hand(phi, predicts):
     torch.testing.assert_close(got, same, rtol=1e-9, atol=1e-9)
 
 
+def test_rescale_over_a_blend_is_of_its_x0():
+    base, tuned = tiny_net(seed=0), tiny_net(seed=1, predicts="flow")
+    both, x, label = rlg(base, tuned, 1.5), normals(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with_, without = (both(x, 0.4, label=one) for one in (label, torch.full_like(label, 3)))
+    guided = 4 * with_ - 3 * without
+    wanted = guided * (0.7 * with_.std(1, keepdim=True) / guided.std(1, keepdim=True) + 0.3)
+    rescaled = cfg(both, 4.0, rescale=0.7, interval=(0.1, 1.0))
+    torch.testing.assert_close(rescaled(x, 0.4, label=label), wanted, rtol=1e-11, atol=1e-11)
+    # some samples inside the interval, some outside: those are the conditional model's
+    t = torch.tensor([0.4, 0.4, 0.6, 0.4, 0.6], dtype=torch.float64)  # rho = 2/3 and 3/2
+    mixed = torch.where((t == 0.4)[:, None], wanted, both(x, t, label=label))
+    torch.testing.assert_close(rescaled(x, t, label=label), mixed, rtol=1e-11, atol=1e-11)
+
+
 def test_rescale_one_gives_the_prediction_the_conditional_spread_and_constants_stay():
     d, x, label = tiny_net(predicts="eps"), normals(5, 4), torch.tensor([0, 1, 2, 0, 1])
     guided = cfg(d, 7.5, rescale=1.0).eps(x, 0.6, label=label)
