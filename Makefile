@@ -5,6 +5,7 @@
 #   TORCH=cpu           a CPU-only torch, a tenth of the size, without torchvision
 #   TORCH=torch==2.11.0 any requirement that pip understands
 #   ARGS=...            handed to pytest, to the demo or to the benchmark
+#   DIFFUSERS_SRC=path  a clone of diffusers, for `make compat`
 
 PYTHON ?= python3
 ARGS ?=
@@ -22,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 INTERPRETED := $(wildcard tests/interpreter/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench docs clean
+.PHONY: help demo test test-slow check format bench compat docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -54,6 +55,10 @@ format: $(VENV)/.dev ## format, and mend what the linter can mend
 
 bench: $(VENV)/.test ## every solver at 5 to 20 calls, beside diffusers' schedulers
 	$(PY) benchmarks/solvers.py $(ARGS)
+
+compat: $(VENV)/.test ## diffusers' own scheduler tests on ours: make compat DIFFUSERS_SRC=a-clone-of-diffusers
+	@test -n "$(DIFFUSERS_SRC)" || { echo 'say where a clone of diffusers is: make compat DIFFUSERS_SRC=path' >&2; exit 1; }
+	$(PY) benchmarks/compat.py $(DIFFUSERS_SRC) $(ARGS)
 
 docs: $(VENV)/.docs ## build the documentation into out/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --site-dir out/site

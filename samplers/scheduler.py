@@ -20,6 +20,8 @@ A pipeline that was saved with it names this module, and diffusers imports no mo
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import logging
 import os
@@ -34,18 +36,14 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-from ..models.denoiser import Denoiser
-from ..models.paths import Path, coefficient
+from ..models.paths import coefficient
 from . import scheduler_config as meaning
 from .catalogue import find
-from .loop import State, apply
-from .noise import STEP, check_ids, normal
-from .plan import Plan
+from .noise import check_ids
+from .stepper import Noise, Stepper
 from .table import Table
 
 TABLE_FILE = "table.json"
-HALVES = (torch.float16, torch.bfloat16)
-Noise = Any  # int seed | torch.Generator | list[torch.Generator] | None
 
 
 class FewstepScheduler(SchedulerMixin, ConfigMixin):
@@ -64,7 +62,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: ``zero``, or ``sigma_min`` to stop at index 0.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, shift_custom: of a flow's times. Times made here
             and the ``sigmas`` that a pipeline passes are shifted (those only if ``shift_custom``), ``timesteps`` never.
-        clip_sample, clip_sample_range: whether every estimate of x0 is clipped.
+        clip_sample, clip_sample_range: whether every estimate of x0 is clipped. ``thresholding`` is understood too.
         table: a ``Table``, its file or its content, in place of solver and grid. Saved beside the config.
         seed: of the noise of stochastic solvers; see ``set_noise``.
 
@@ -113,16 +111,16 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         find(solver)
         meaning.grid_name(self.config)
         self._path, self._predicts = meaning.network(self.config)
+        self._noise: Noise | None = seed
+        self._ids: torch.Tensor | None = None
         self._given = None if table is None else _as_table(table)
         if self._given is not None:
-            self._plan_of(self._given)  # of this network's path, or ValueError
+            self._stepper_of(self._given)  # of this network's path, or ValueError
             self.register_to_config(table=json.loads(self._given.to_json()))
         self.betas = torch.as_tensor(meaning.betas(self.config), dtype=torch.float32)
         self.alphas_cumprod = torch.as_tensor(meaning.alphas_cumprod(self.config), dtype=torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
-        self._noise: Noise = seed
-        self._ids: torch.Tensor | None = None
         self._order: int | None = None
         self._table: Table | None = None
         self._forget()
@@ -181,8 +179,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
             table = meaning.build(self.config, self._path, grid)
         self._forget()
-        self._table = table
-        self._use(table)
+        self._table, self._stepper = table, self._stepper_of(table)
         self.num_inference_steps = table.times.shape[-1] - 1
         at = table.t[:, 0]
         self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
@@ -202,10 +199,10 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"begin_index must be an integer in 0 .. {self._table.calls - 1}, got {begin_index!r}"
             )
-        self._use(self._from(int(begin_index)))
-        self._begin_index, self._step_index, self._state = int(begin_index), None, None
+        self._stepper = self._stepper_of(self._from(int(begin_index)))
+        self._begin_index, self._step_index = int(begin_index), None
 
-    def set_noise(self, noise: Noise, ids: torch.Tensor | None = None) -> None:
+    def set_noise(self, noise: Noise | None, ids: torch.Tensor | None = None) -> None:
         """What stochastic solvers draw from where the pipeline passes no generator (SD3, Flux and DiT never do).
 
         A seed: noise that depends on the seed, a sample's id (0 .. batch - 1 unless given) and the step alone. A
@@ -218,6 +215,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(f"noise must be a seed, a torch.Generator, a list of them or None, got {noise!r}")
         self._ids = None if ids is None else check_ids(ids)
         self._noise = self._seed = noise
+        if self._stepper is not None:
+            self._stepper.ids = self._ids
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -238,7 +237,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         Steps are counted: ``timestep`` is looked at only in a first step, to see which entry of ``timesteps`` it is,
         where the pipeline has cut them short without ``set_begin_index``.
         """
-        if self._rows is None:
+        if self._stepper is None:
             raise ValueError("set_timesteps must be called before step")
         if self._step_index is None:
             if self._begin_index is None and not torch.compiler.is_compiling():
@@ -246,68 +245,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 if begin:
                     self.set_begin_index(begin)
             self._step_index = self._begin_index or 0
-        index = self._step_index - (self._begin_index or 0)
-        if index >= len(self._rows):
-            raise ValueError(f"all {len(self._rows)} steps are done: set_timesteps begins anew")
-        row = self._rows[index]
-        state = self._taken_in(index, sample)
-        if model_output.shape != sample.shape:
-            model_output = self._mean(model_output, sample)
-        z = self._fresh(state, generator) if row.draws else None
-        if self._to_x0 is not None:
-            p, q = self._to_x0[index]
-            reach = self.config.clip_sample_range
-            model_output = (p * state.y + q * model_output.to(state.y.dtype)).clamp(-reach, reach)
-        self._state = apply(row, state, (model_output,), z)
-        self._step_index += 1
-        following = self._state.y.to(sample.dtype)
-        if sample.dtype in HALVES:
-            self._handed_out = following, following._version
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
-
-    def _taken_in(self, index: int, sample: torch.Tensor) -> State:
-        """The state with ``sample`` as y, and as x too where the table has one for both; float32 at least."""
-        given = sample if sample.dtype == torch.float64 else sample.float()
-        state = self._state
-        if state is None:
-            ids = torch.arange(len(sample), device=sample.device) if self._ids is None else self._ids
-            return State(given, given, (None,) * self._slots, 0, ids.to(sample.device))
-        if sample.shape != state.y.shape:
-            raise ValueError(
-                f"sample must keep its shape between steps, {tuple(state.y.shape)}, got {tuple(sample.shape)}"
-            )
-        if sample.dtype in HALVES and self._handed_out is not None:
-            handed_out, version = self._handed_out
-            if sample is handed_out and sample._version == version:  # untouched: go on in full precision
-                return state
-        return State(given if self._joined[index] else state.x, given, state.d, index, state.ids)
-
-    def _mean(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
-        """The prediction, of a network that answers with a variance beside it."""
+        if self._stepper.done == self._stepper.calls:
+            raise ValueError(f"all {self._stepper.calls} steps are done: set_timesteps begins anew")
         channels = sample.shape[1]
-        learned = str(self.config.get("variance_type", "")).startswith("learned")
-        if not learned or model_output.shape != (sample.shape[0], 2 * channels, *sample.shape[2:]):
-            raise ValueError(
-                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(model_output.shape)}"
-            )
-        return model_output[:, :channels]
-
-    def _fresh(self, state: State, generator: Any) -> torch.Tensor:
-        """The row's standard normals: the step's generator, else what ``set_noise`` said."""
-        source = self._seed if generator is None else generator
-        shape, like = state.x.shape, {"dtype": state.x.dtype}
-        if isinstance(source, int):
-            return normal(source, state.ids, shape[1:], state.row + 1, STEP, state.x.dtype)
-        if isinstance(source, torch.Generator):
-            return torch.randn(shape, generator=source, device=source.device, **like).to(state.x.device)
-        if len(source) != shape[0]:
-            raise ValueError(
-                f"generator must be one or a list of {shape[0]}, one an image, got {len(source)}"
-            )
-        drawn = [
-            torch.randn(shape[1:], generator=g, device=g.device, **like).to(state.x.device) for g in source
-        ]
-        return torch.stack(drawn)
+        if model_output.shape[1] == 2 * channels and self._learned_variance:
+            model_output = model_output[:, :channels]
+        noise = self._seed if generator is None else generator
+        following = self._stepper.step(model_output, sample, noise)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
 
     # --- noising ------------------------------------------------------------------------------------------------
 
@@ -346,26 +292,18 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return meaning.time_scale(self.config, self._path)
 
     def _forget(self) -> None:
-        self._rows = self._to_x0 = self._state = self._handed_out = None
+        self._stepper: Stepper | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._seed: Noise = None
+        self._seed: Noise | None = None
 
-    def _plan_of(self, table: Table) -> Plan:
-        if table.lanes != 1:
-            raise ValueError(f"table must have one lane, got {table.lanes}: pick one with table.lane(index)")
-        return table.on(_network(self._path, self._predicts))
+    def _stepper_of(self, table: Table) -> Stepper:
+        return Stepper(table, self._path, self._predicts, meaning.transform(self.config), self._ids)
 
-    def _use(self, table: Table) -> None:
-        """All that steps will read, as plain numbers."""
-        clip = self.config.clip_sample
-        plan = self._plan_of(table)
-        self._rows = [plan.row(index, 0, clip) for index in range(table.calls)]
-        self._joined, self._slots = plan.joined.tolist(), table.slots
-        if clip:
-            affine = _network(self._path, self._predicts).affine
-            scalars = (affine(t, "x0") for t in table.t[:, 0].tolist())
-            self._to_x0 = [(p, q) for p, (q,) in scalars]
+    @property
+    def _learned_variance(self) -> bool:
+        """Whether the network answers with a variance beside its prediction."""
+        return str(self.config.get("variance_type", "")).startswith("learned")
 
     def _from(self, begin: int) -> Table:
         """The table that begins at call ``begin``, with a start of its own."""
@@ -406,6 +344,16 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(
                 f"config must be a scheduler's config, e.g. pipe.scheduler.config, got {config!r}"
             )
+        theirs = {key: kwargs.pop(key) for key in meaning.ALSO_READ & set(kwargs)}
+        config = {**config, **theirs}  # diffusers drops keyword arguments that __init__ has not
+        if "_use_default_values" in config:
+            config["_use_default_values"] = [k for k in config["_use_default_values"] if k not in theirs]
+        known = inspect.signature(cls.__init__).parameters
+        unknown = [key for key in kwargs if key not in known]
+        if unknown and not return_unused_kwargs:
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise TypeError(f"FewstepScheduler has no argument {unknown[0]!r}{hint}")
         spacing = kwargs.get("timestep_spacing")
         if spacing is not None:  # what the config says itself is left to the class that it came from
             kwargs.setdefault("grid", spacing)
@@ -452,15 +400,6 @@ def _as_table(given: Table | str | os.PathLike | Mapping[str, Any]) -> Table:
     if isinstance(given, Table):
         return given
     return Table.from_json(json.dumps(given)) if isinstance(given, Mapping) else Table.load(given)
-
-
-def _network(path: Path, predicts: str) -> Denoiser:
-    """A network that is never called: the pipeline calls it. It says what the outputs mean."""
-    return Denoiser(_not_called, path, predicts=predicts)
-
-
-def _not_called(*_: Any) -> Any:
-    raise RuntimeError("the pipeline calls the network")
 
 
 def _place(timestep: Any, timesteps: torch.Tensor) -> int:

@@ -10,10 +10,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..models import paths
 from ..models.paths import Path
@@ -35,6 +36,10 @@ GRID_FLAGS = {
     "use_beta_sigmas": "beta",
     "use_lu_lambdas": "logsnr",
 }
+# Keys of other classes that count here too.
+ALSO_READ = {
+    *GRID_FLAGS, "steps_offset", "thresholding", "dynamic_thresholding_ratio", "sample_max_value", "variance_type",
+}  # fmt: skip
 # diffusers leaves index 0 out of "linspace" and "leading" for its multistep classes, but not for these.
 KEEPS_INDEX_ZERO = {"ddim", "ddpm", "euler", "heun", "pndm", "consistency"}
 SHIFTABLE = {*SPACINGS, "shifted", "uniform", "power", "quadratic", "vp"}  # grids in t, that a shift moves
@@ -48,6 +53,10 @@ def family(config: Mapping[str, Any], name: str = "config") -> str:
     """
     if config.get("invert_sigmas"):
         raise ValueError(f"{name} has invert_sigmas=True: time that runs from data to noise is not supported")
+    if config.get("timestep_type") == "continuous":
+        raise ValueError(
+            f"{name} has timestep_type='continuous': networks that are told log(sigma) are not supported"
+        )
     if "prediction_type" in config and (DDPM_KEYS | FLOW_KEYS) & set(config):
         return config["prediction_type"]
     if DDPM_KEYS & set(config):
@@ -105,6 +114,23 @@ def network(config: Mapping[str, Any]) -> tuple[Path, str]:
     return paths.vp_discrete(alphas_cumprod(config)), PREDICTS[prediction]
 
 
+def transform(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What ``clip_sample`` or ``thresholding`` (2205.11487) make of an estimate of x0; None where there is neither."""
+    if config.get("thresholding"):
+        share, most = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
+
+        def threshold(x0: torch.Tensor) -> torch.Tensor:
+            reach = torch.quantile(x0.flatten(1).abs(), share, dim=1).clamp(1.0, max(most, 1.0))
+            reach = reach.reshape(-1, *[1] * (x0.ndim - 1))
+            return x0.clamp(-reach, reach) / reach
+
+        return threshold
+    if config.get("clip_sample"):
+        reach = config.get("clip_sample_range", 1.0)
+        return lambda x0: x0.clamp(-reach, reach)
+    return None
+
+
 def time_scale(config: Mapping[str, Any], path: Path) -> float:
     """The network's timestep is this times our t."""
     return float(config.get("num_train_timesteps", 1000)) if path.name == "flow" else 1.0
@@ -147,12 +173,15 @@ def times(
     """The grid, n + 1 falling times: from the config, or from explicit ``sigmas`` or ``timesteps``.
 
     ``timesteps`` are used as they are. So are ``sigmas`` on a VP path (there they are sigma / alpha); on a flow they
-    are shifted, as pipelines count on, unless the config has ``shift_custom=False``.
+    are shifted, as pipelines count on, unless the config has ``shift_custom=False``. Flux and its kin never leave them
+    out: where they are the even ones, 1 .. 1/n, and the config names a grid of ours, they say no more than n.
     """
     if sigmas is not None and timesteps is not None:
         raise ValueError("sigmas and timesteps say the same thing twice: pass one of them")
     n = steps_of(n, sigmas, timesteps)
     flow = path.name == "flow"
+    if flow and sigmas is not None and grid_name(config) not in SPACINGS and _even(sigmas):
+        sigmas = None
     if timesteps is not None:
         given = np.asarray(timesteps, dtype=np.float64) / time_scale(config, path)
         result = _named("timesteps", timesteps, grids.explicit, path, given)
@@ -174,6 +203,11 @@ def times(
             )
         result = np.append(result[:-1], path.t_min)
     return result
+
+
+def _even(sigmas: Sequence[float]) -> bool:
+    n = len(sigmas)
+    return bool(np.allclose(np.asarray(sigmas, dtype=np.float64), np.linspace(1.0, 1.0 / n, n), atol=1e-5))
 
 
 def _named(name: str, given: Any, build: Any, *arguments: Any, **options: Any) -> np.ndarray:

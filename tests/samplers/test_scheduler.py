@@ -170,27 +170,46 @@ def test_sd3_is_given_the_grid_that_was_meant():
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
 
 
-@pytest.mark.parametrize("theirs, solver, options", [
-    ("DDIMScheduler", "ddim", {}),
-    ("DPMSolverMultistepScheduler", "dpmpp", {"final": "lower"}),
-])  # fmt: skip
-def test_image_to_image_begins_with_a_start_of_its_own(theirs, solver, options):
-    parts = dict(pipe("sd").components)
+EDITS = [
+    ("StableDiffusionImg2ImgPipeline", "sd", "DDIMScheduler", "ddim", {"strength": 0.6}),
+    ("StableDiffusionImg2ImgPipeline", "sd", "DPMSolverMultistepScheduler", "dpmpp", {"strength": 0.6}),
+    ("StableDiffusionInpaintPipeline", "sd", "DDIMScheduler", "ddim", {"strength": 0.6}),
+    ("StableDiffusionXLImg2ImgPipeline", "sdxl", "DDIMScheduler", "ddim", {"denoising_start": 0.5}),
+    ("StableDiffusion3Img2ImgPipeline", "sd3", "FlowMatchEulerDiscreteScheduler", "euler", {"strength": 0.6}),
+    ("FluxImg2ImgPipeline", "flux", "FlowMatchEulerDiscreteScheduler", "euler", {"strength": 0.6}),
+    ("FluxInpaintPipeline", "flux", "FlowMatchEulerDiscreteScheduler", "euler", {"strength": 0.6}),
+]
+
+
+@pytest.mark.parametrize("kind, name, theirs, solver, call", EDITS)
+def test_edits_begin_midway_with_a_start_of_their_own(kind, name, theirs, solver, call):
+    """Image to image and inpainting, whose pipelines change the samples between steps."""
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    config = {"timestep_spacing": "trailing", "solver_order": 2}
+    call = {**call, "num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "np", "image": pixels}
+    if "Inpaint" in kind:
+        call["mask_image"] = (pixels[:, :1] > 0.5).float()
+    if name in pipelines.FLOWS or "Inpaint" in kind:
+        call |= {"height": 16, "width": 16}
+    if name in pipelines.FLOWS:
+        call["max_sequence_length"] = pipelines.LENGTH
+    extra = {"sd": {"requires_safety_checker": False}, "sdxl": {"add_watermarker": False}}.get(name, {})
+    base = pipe(name).scheduler.config
+    if name == "sd3":  # their own default grid is another one
+        config = {"use_karras_sigmas": True, "shift": 1.0}
+    elif name == "flux":
+        config = {}
+    else:
+        config = {"timestep_spacing": "trailing", "clip_sample": False, "solver_order": 2, "steps_offset": 1}
+    options = {"solver_options": {"final": "lower"}} if solver == "dpmpp" else {}
     made = []
     for scheduler in (
-        getattr(diffusers, theirs).from_config(parts["scheduler"].config, **config),
-        ours("sd", solver=solver, solver_options=options, **config),
+        getattr(diffusers, theirs).from_config(base, **config),
+        FewstepScheduler.from_config(base, solver=solver, **config, **options),
     ):
-        tiny = diffusers.StableDiffusionImg2ImgPipeline(
-            **{**parts, "scheduler": scheduler}, requires_safety_checker=False
-        )
+        tiny = getattr(diffusers, kind)(**{**pipe(name).components, "scheduler": scheduler}, **extra)
         tiny.set_progress_bar_config(disable=True)
-        call = {"strength": 0.6, "num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "np"}
-        generator = torch.Generator().manual_seed(0)
-        made.append(tiny(prompt=["a", "b"], image=pixels, generator=generator, **call).images)
-        assert getattr(scheduler, "begin_index", 4) == 4
+        made.append(tiny(prompt=["a", "b"], generator=torch.Generator().manual_seed(0), **call).images)
+    assert scheduler.begin_index == (5 if "denoising_start" in call else 4)
     assert np.abs(made[0] - made[1]).max() < 1e-4
 
 
@@ -228,7 +247,7 @@ def test_half_precision_goes_on_where_it_stopped():
         assert y.dtype == torch.bfloat16
         if k == 10:  # changed by a pipeline: taken as it is
             y = y + 1
-            other_x = other._taken_in(11, y).y
+            other_x = other._stepper._taken_in(11, y).y
             assert torch.equal(other_x, y.float())
             y = y - 1
     assert (y.float() - x).abs().max() < 0.01
@@ -274,6 +293,32 @@ def test_clipping_is_the_loops_transform():
     assert expected.abs().max() <= 0.3 + 1e-6
 
 
+def test_thresholding_is_diffusers():
+    config = {"thresholding": True, "timestep_spacing": "trailing", "clip_sample": False}
+    theirs = diffusers.DDIMScheduler(**config, dynamic_thresholding_ratio=0.9, sample_max_value=1.5)
+    mine = FewstepScheduler.from_config(theirs.config, solver="ddim")
+    output, x, y = 3 * torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), None
+    y = x.clone()
+    for scheduler in (theirs, mine):
+        scheduler.set_timesteps(4)
+    for t in theirs.timesteps:
+        x = theirs.step(output, t, x, use_clipped_model_output=True).prev_sample
+        y = mine.step(output, t, y).prev_sample
+    assert torch.allclose(x, y, atol=1e-5)
+
+
+def test_a_variance_beside_the_prediction_is_left_out():
+    mine = FewstepScheduler.from_config(
+        diffusers.DDPMScheduler(variance_type="learned_range").config, solver="ddpm"
+    )
+    x, generator = torch.randn(2, 3, 4, 4), torch.Generator()
+    results = []
+    for output in (x, torch.cat([x, 5 * x], dim=1)):
+        mine.set_timesteps(4)
+        results.append(mine.step(output, 999, x, generator=generator.manual_seed(0)).prev_sample)
+    assert torch.equal(*results)
+
+
 # --- times --------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +342,14 @@ def test_times_given_by_hand():
     assert vp.sigmas.tolist() == pytest.approx([14.6146, 1.0, 0.1, 0.0], rel=1e-4) and vp.timesteps[0] == 999
     vp.set_timesteps(timesteps=[999, 400, 33.5])
     assert vp.timesteps.tolist() == [999.0, 400.0, 33.5]
+
+
+def test_a_grid_of_ours_stands_where_a_pipeline_always_passes_even_sigmas():
+    scheduler = ours("flux", timestep_spacing="logsnr")
+    images("flux", scheduler)
+    assert scheduler.timesteps.tolist() == pytest.approx((1000 * grids.logsnr(paths.flow(), 4)[:-1]).tolist())
+    images("flux", scheduler, sigmas=[1.0, 0.6, 0.5, 0.1])
+    assert scheduler.sigmas[1] > 0.6  # shifted, but his
 
 
 def test_every_number_of_steps_is_made():
@@ -464,7 +517,7 @@ def test_a_table_in_place_of_a_solver(tmp_path):
         assert np.array_equal(images("sd", again, steps=5), expected)
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(2)
-    assert scheduler._rows[0].t == table.t[2, 0] and len(scheduler._rows) == 3
+    assert scheduler._stepper.calls == 3
     flux = ours("flux", table=dpmpp(paths.flow(), grids.vp(paths.flow(), 4)))
     assert np.isfinite(images("flux", flux)).all()  # its sigmas say no more than how many steps
 
@@ -585,11 +638,15 @@ def test_bad_calls():
         scheduler.set_noise("seven")
     with pytest.raises(ValueError, match="noise must be a tensor"):
         scheduler.scale_noise(NOISE, 10)
+    with pytest.raises(TypeError, match="did you mean solver_order"):
+        ours("sd", solver_ordre=3)
     with pytest.raises(TypeError, match="config must be a scheduler's config"):
         FewstepScheduler.from_config(None)
     for unknown in (diffusers.EDMEulerScheduler(), diffusers.CMStochasticIterativeScheduler()):
         with pytest.raises(ValueError, match="must be that of a scheduler with betas"):
             FewstepScheduler.from_config(unknown.config)
+    with pytest.raises(ValueError, match="timestep_type='continuous'"):
+        FewstepScheduler.from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config)
     with pytest.raises(ValueError, match="invert_sigmas"):
         FewstepScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
     fixed = FewstepScheduler(prediction_type="flow_prediction", table=flow_table())

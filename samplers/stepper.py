@@ -1,0 +1,120 @@
+"""A table in somebody else's loop: who calls the network himself hands each answer to a ``Stepper``.
+
+>>> from fewstep.models import GaussianMixture, paths
+>>> from fewstep.samplers import dpmpp, grids, sample, starting_noise
+>>> d = GaussianMixture([1.0], [[2.0]], 0.25).denoiser(paths.flow())
+>>> table, noise = dpmpp(d.path, grids.uniform(d.path, 4)), starting_noise(0, 3, (1,))
+>>> x, stepper = noise, Stepper(table, d.path, "x0")
+>>> for t in table.t[:, 0].tolist():
+...     x = stepper.step(d(x, t), x)
+>>> bool((x - sample(d, noise, table)).abs().max() < 1e-6)
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..models.denoiser import Denoiser, Predicts
+from ..models.paths import Path
+from .loop import State, apply
+from .noise import STEP, normal
+from .table import Table
+
+HALVES = (torch.float16, torch.bfloat16)
+Noise = Any  # an int, a torch.Generator, or a list of them with one a sample
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Stepper:
+    """Carries the state between calls; the loop outside carries one tensor, the point where the network is called next.
+
+    Everything a step reads is a plain number that is there before the first. The first sample is already at the
+    table's first time: the opening row is whoever made it's own business.
+
+    Args:
+        predicts: what the network's outputs are on ``path``.
+        transform: x0 -> x0, e.g. clipping, at every call.
+        ids: of the samples, for noise that is drawn by counter: 0 .. batch - 1 unless given.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        path: Path,
+        predicts: Predicts = "eps",
+        transform: Transform | None = None,
+        ids: torch.Tensor | None = None,
+    ):
+        if table.lanes != 1:
+            raise ValueError(f"table must have one lane, got {table.lanes}: pick one with table.lane(index)")
+        d = Denoiser(_not_called, path, predicts=predicts)
+        plan = table.on(d)
+        self._rows = [plan.row(index, 0, transform is not None) for index in range(table.calls)]
+        self._joined, self._slots = plan.joined.tolist(), table.slots
+        self._transform, self.ids = transform, ids
+        self._to_x0 = [d.affine(t, "x0") for t in table.t[:, 0].tolist()] if transform else []
+        self._state: State | None = None
+        self._handed_out: tuple[torch.Tensor, int] | None = None
+        self.calls, self.done = table.calls, 0
+
+    def step(self, output: torch.Tensor, sample: torch.Tensor, noise: Noise = 0) -> torch.Tensor:
+        """From the network's ``output`` at ``sample`` to where it is to be called next; at the end, the result.
+
+        What the outside made of the sample counts: where the table has y = x, it is both. Half precision is float32
+        inside, and a sample that comes back untouched goes on unrounded.
+        """
+        index = self.done
+        if index >= self.calls:
+            raise ValueError(f"all {self.calls} steps are done")
+        row, state = self._rows[index], self._taken_in(index, sample)
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the shape of sample, {tuple(sample.shape)}, got {tuple(output.shape)}"
+            )
+        if self._transform is not None:
+            p, (q,) = self._to_x0[index]
+            output = self._transform(p * state.y + q * output.to(state.y.dtype))
+        state = apply(row, state, (output,), fresh(noise, state) if row.draws else None)
+        following = state.y.to(sample.dtype)
+        self.done = index + 1
+        self._state = state if self.done < self.calls else None  # the end needs no history
+        if sample.dtype in HALVES:
+            self._handed_out = following, following._version
+        return following
+
+    def _taken_in(self, index: int, sample: torch.Tensor) -> State:
+        given = sample if sample.dtype == torch.float64 else sample.float()
+        state = self._state
+        if state is None:
+            ids = torch.arange(len(sample), device=sample.device) if self.ids is None else self.ids
+            return State(given, given, (None,) * self._slots, 0, ids.to(sample.device))
+        if sample.shape != state.y.shape:
+            raise ValueError(
+                f"sample must keep its shape between steps, {tuple(state.y.shape)}, got {tuple(sample.shape)}"
+            )
+        if sample.dtype in HALVES and self._handed_out is not None:
+            handed_out, version = self._handed_out
+            if sample is handed_out and sample._version == version:
+                return state
+        return State(given if self._joined[index] else state.x, given, state.d, index, state.ids)
+
+
+def fresh(noise: Noise, state: State) -> torch.Tensor:
+    """Standard normals like the state's x: by counter from a seed, or from one generator, or from one a sample."""
+    shape, like = state.x.shape, {"dtype": state.x.dtype}
+    if isinstance(noise, int):
+        return normal(noise, state.ids, shape[1:], state.row + 1, STEP, state.x.dtype)
+    if isinstance(noise, torch.Generator):
+        return torch.randn(shape, generator=noise, device=noise.device, **like).to(state.x.device)
+    if len(noise) != shape[0]:
+        raise ValueError(f"generator must be one or a list of {shape[0]}, one a sample, got {len(noise)}")
+    drawn = [torch.randn(shape[1:], generator=g, device=g.device, **like).to(state.x.device) for g in noise]
+    return torch.stack(drawn)
+
+
+def _not_called(*_: Any) -> Any:
+    raise RuntimeError("the network is called by the loop outside")
