@@ -90,14 +90,13 @@ def problems(names: list[str], seeds: int) -> Iterator[Problem]:
                 )
                 yield Problem(name, mixture.denoiser(MIXTURES[name]()), noise, {})
         else:
-            noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-            yield Problem(name, load(name), noise, {"label": torch.arange(20) % 10})
+            noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            yield Problem(name, load(name), noise, {"label": torch.arange(10)})
 
 
-def late(path: paths.Path, n: int, exponent: float, start: float) -> np.ndarray:
-    """``grids.vp`` from the linear VP path's time ``start`` < 1: as if the noise there were all there is."""
-    t_max = min(path.t_max, path.time(paths.vp_linear().lam(start)))
-    return grids.vp(path, n, exponent=exponent, t_max=t_max)
+def skipping(path: paths.Path, n: int, exponent: float) -> np.ndarray:
+    """``grids.vp`` of n + 1 steps without its first: as if at the second point noise were still all there is."""
+    return grids.vp(path, n + 1, exponent=exponent)[1:]
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------
@@ -125,10 +124,9 @@ def ours(straight: bool) -> list[Entry]:
     spacings: dict[str, Callable] = {f"vp^{e:g}": partial(grids.vp, exponent=e) for e in (1.5, 2.0, 2.5)}
     usual = {"vp^2": spacings["vp^2"], "logsnr": grids.logsnr, "karras": grids.karras}
     quadratic = {**usual, "quadratic": grids.quadratic}
-    spacings |= {
-        f"vp^{e:g} from {u:g}": partial(late, exponent=e, start=u)
-        for e, u in ((1.25, 0.7), (1.5, 0.8), (2, 0.9))
-    }
+    skips = {f"vp^{e:g} skipping": partial(skipping, exponent=e) for e in (1.0, 1.5, 2.0)}
+    spacings |= skips
+    straight_to = {"uniform": grids.uniform, "shift 3": partial(grids.shifted, shift=3.0)} if straight else {}
     entries = []
 
     def add(name: str, solver: Callable, on: dict[str, Callable], **options: Any) -> None:
@@ -147,8 +145,9 @@ def ours(straight: bool) -> list[Entry]:
     add("dpmpp 2", dpmpp, usual)
     add("dpmpp 3 exact", dpmpp, usual, order=3, weight="exact")
     add("dpm 3 exact", dpm, usual, order=3, weight="exact")
-    add("unipc 2", unipc, usual)
-    add("unipc 3", unipc, usual, order=3)
+    for order in (2, 3):
+        for rule in ("bh1", "bh2"):
+            add(f"unipc {order} {rule}", unipc, {**usual, **skips, **straight_to}, order=order, rule=rule)
     add("ipndm 4", ipndm, usual)
     add("ipndm_v 3", ipndm_v, usual, order=3)
     add("pndm simple", pndm, usual, variant="simple")
@@ -156,9 +155,9 @@ def ours(straight: bool) -> list[Entry]:
     add("rk 3kutta", rk, usual)
     entries.append(Entry("dpm_single fast", "logsnr", _fast))
     if straight:
-        flows = {"uniform": grids.uniform, "shift 3": partial(grids.shifted, shift=3.0)}
-        add("multistep v/t 2", multistep, {**usual, **flows}, form="v", variable="t", nodes=2)
-        add("multistep v/t 3", multistep, {**usual, **flows}, form="v", variable="t", nodes=3)
+        for nodes in (2, 3):
+            on = {**usual, **skips, **straight_to}
+            add(f"multistep v/t {nodes}", multistep, on, form="v", variable="t", nodes=nodes)
     return entries
 
 
@@ -389,8 +388,8 @@ def markdown(results: dict[str, Any], calls: tuple[int, ...], device: str) -> st
         f"Distance to the ODE's converged solution from the same noise ({device}; errors do not depend on it):",
         "root mean square over all samples, and that of the median sample. On the mixtures the first is ruled by the",
         "few samples that end at another component, the second by how well the others are drawn. Ratios above 1 say",
-        "that ours is ahead. DDIM is on the best of its grids; the floor is what two converged solutions differ by. Made by",
-        "`python benchmarks/solvers.py`, whose docstring says how; every number is in the JSON file beside this one.",
+        "that ours is ahead. DDIM is on the best of its grids; the floor is what two converged solutions differ by.",
+        "Made by `python benchmarks/solvers.py`, whose docstring says how; all numbers are in the JSON beside it.",
         "",
         f"Recommended default: `{DEFAULT}`, that is",
         "",
