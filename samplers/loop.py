@@ -19,7 +19,7 @@ import torch
 from ..models.denoiser import Denoiser
 from ..models.paths import coefficient
 from .noise import STEP, check_ids, normal
-from .plan import HISTORY, Plan, Row, Terms, X, joined
+from .plan import HISTORY, Gathered, Plan, Row, Terms, X, joined
 from .table import Table
 
 
@@ -228,15 +228,26 @@ def _step_apart(
     info, outputs = _call(d, plan, state, index, row.t, cond, transform)
     if z is None and plan.draws:
         z = normal(seed, state.ids, state.x.shape[1:], index + 1, STEP, dtype)
+    return apply_apart(row, state._replace(row=index), outputs, z, bool(plan.kept.any())), info
+
+
+def apply_apart(
+    row: Gathered,
+    state: State,
+    outputs: tuple[torch.Tensor, ...],
+    z: torch.Tensor | None = None,
+    keeps: bool = True,
+) -> State:
+    """``apply`` with weights in tensors, one set a sample or one for all; ``keeps``: whether history is read at all."""
     sources = [state.x, state.y, z, *state.d, *outputs]
-    if plan.kept.any():
+    if keeps:
         new = _combine_apart(sources, row.new)
         for slot, old in enumerate(state.d):
             here = coefficient(row.slot == slot, new).bool()
             sources[HISTORY + slot] = torch.where(here, new, torch.zeros_like(new) if old is None else old)
     x = _combine_apart(sources, row.x)
     y = x if row.y is None else _combine_apart(sources, row.y)
-    return State(x, y, tuple(sources[HISTORY : HISTORY + len(state.d)]), index + 1, state.ids), info
+    return State(x, y, tuple(sources[HISTORY : HISTORY + len(state.d)]), state.row + 1, state.ids)
 
 
 def _combine_apart(sources: list, weights: torch.Tensor) -> torch.Tensor:

@@ -20,10 +20,8 @@ A pipeline that was saved with it names this module, and diffusers imports no mo
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,10 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-# Whoever loads a pipeline looks these two names up in this module: they must stay even where nothing else uses them.
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
+# Whoever loads a pipeline looks the two mixins up in this module: their names must stay in it.
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 from ..models.paths import coefficient
 from . import scheduler_config as meaning
@@ -134,7 +131,12 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     def order(self) -> int:
         """Calls a step once the solver has started; progress bars and image-to-image starts count with it."""
         if self._order is None:
-            self._order = 1 if self._given is not None else meaning.calls_a_step(self.config, self._path)
+            given = self._given
+            self._order = (
+                meaning.calls_a_step(self.config, self._path)
+                if given is None
+                else max(1, round(given.calls / (given.times.shape[-1] - 1)))
+            )
         return self._order
 
     @property
@@ -179,16 +181,12 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
             table = meaning.build(self.config, self._path, grid)
         self._forget()
-        self._table, self._stepper = table, self._stepper_of(table)
+        self._table, self._stepper = table, self._stepper_of(table).to(device)
         self.num_inference_steps = table.times.shape[-1] - 1
         at = table.t[:, 0]
         self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
         self.sigmas = self._levels(np.append(at, table.times.reshape(-1)[-1]))
-        self._seed = self._noise
-        if (
-            self._noise is None and table.stochastic
-        ):  # a run's own, yet torch.manual_seed makes it the same again
-            self._seed = int(torch.randint(2**62, (1,))[0])
+        self.set_noise(self._noise, self._ids)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at ``timesteps[begin_index]``: the solver starts there anew, its order rising from one."""
@@ -199,7 +197,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"begin_index must be an integer in 0 .. {self._table.calls - 1}, got {begin_index!r}"
             )
-        self._stepper = self._stepper_of(self._from(int(begin_index)))
+        if begin_index or self._stepper.done:
+            self._stepper = self._stepper_of(self._from(int(begin_index))).to(self.timesteps.device)
         self._begin_index, self._step_index = int(begin_index), None
 
     def set_noise(self, noise: Noise | None, ids: torch.Tensor | None = None) -> None:
@@ -215,6 +214,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise TypeError(f"noise must be a seed, a torch.Generator, a list of them or None, got {noise!r}")
         self._ids = None if ids is None else check_ids(ids)
         self._noise = self._seed = noise
+        if noise is None and self._table is not None and self._table.stochastic:
+            self._seed = int(torch.randint(2**62, (1,))[0])
         if self._stepper is not None:
             self._stepper.ids = self._ids
 
@@ -340,34 +341,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
 
         What this class does not know stays in the config, for the class that knows it.
         """
-        if not isinstance(config, Mapping):
-            raise TypeError(
-                f"config must be a scheduler's config, e.g. pipe.scheduler.config, got {config!r}"
-            )
-        theirs = {key: kwargs.pop(key) for key in meaning.ALSO_READ & set(kwargs)}
-        config = {**config, **theirs}  # diffusers drops keyword arguments that __init__ has not
-        if "_use_default_values" in config:
-            config["_use_default_values"] = [k for k in config["_use_default_values"] if k not in theirs]
-        known = inspect.signature(cls.__init__).parameters
-        unknown = [key for key in kwargs if key not in known]
-        if unknown and not return_unused_kwargs:
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise TypeError(f"FewstepScheduler has no argument {unknown[0]!r}{hint}")
-        spacing = kwargs.get("timestep_spacing")
-        if spacing is not None:  # what the config says itself is left to the class that it came from
-            kwargs.setdefault("grid", spacing)
-            if spacing not in meaning.SPACINGS:
-                del kwargs["timestep_spacing"]
-        family = meaning.family({**config, **kwargs})
-        if family == "flow_prediction":
-            if "prediction_type" not in config and "prediction_type" not in kwargs:
-                logging.getLogger(__name__).info(
-                    "a flow scheduler's config: prediction_type is flow_prediction"
-                )
-                kwargs["prediction_type"] = family
-            if "flow_shift" in config and "shift" not in config:
-                kwargs.setdefault("shift", config["flow_shift"])
+        known = set(inspect.signature(cls.__init__).parameters)
+        config, kwargs = meaning.handed_over(config, kwargs, known, strict=not return_unused_kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -68,6 +70,41 @@ def family(config: Mapping[str, Any], name: str = "config") -> str:
         f"{name} must be that of a scheduler with betas ({', '.join(sorted(DDPM_KEYS))}) or of flow matching (shift, "
         f"..), got one of {kind} without any of these keys"
     )
+
+
+def handed_over(
+    config: Any, changes: Mapping[str, Any], known: set[str], strict: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Another scheduler's config, and the keyword arguments to make ours of it with.
+
+    diffusers' ``from_config`` leaves out what a config holds by default, and drops arguments that ``__init__`` has not
+    (``known``): so what gives a flow away, and flags that we do read, are seen to here.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a scheduler's config, e.g. pipe.scheduler.config, got {config!r}")
+    changes = dict(changes)
+    read = {key: changes.pop(key) for key in ALSO_READ & set(changes)}
+    unknown = [key for key in changes if key not in known]
+    if unknown and strict:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise TypeError(f"FewstepScheduler has no argument {unknown[0]!r}{hint}")
+    config = {**config, **read}
+    if "_use_default_values" in config:
+        config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in read]
+    spacing = changes.get("timestep_spacing")
+    if spacing is not None:  # what the config says itself is left to the class that it came from
+        changes.setdefault("grid", spacing)
+        if spacing not in SPACINGS:
+            del changes["timestep_spacing"]
+    prediction = family({**config, **changes})
+    if prediction == "flow_prediction":
+        if "prediction_type" not in config and "prediction_type" not in changes:
+            logging.getLogger(__name__).info("a flow scheduler's config: prediction_type is flow_prediction")
+            changes["prediction_type"] = prediction
+        if "flow_shift" in config and "shift" not in config:
+            changes.setdefault("shift", config["flow_shift"])
+    return config, changes
 
 
 def betas(config: Mapping[str, Any]) -> np.ndarray:
