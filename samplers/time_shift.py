@@ -126,7 +126,7 @@ def shifts(
         raise ValueError(f"times must be one grid for all samples here, got {base.lanes} lanes")
     grid, opens = base.times, openings(base)
     steps = len(opens)
-    window = 400.0 / steps if window is None else window
+    window = min(40.0, 400.0 / steps) if window is None else window
     for name, value in (("window", window), ("cutoff", cutoff)):
         if (
             isinstance(value, bool)
@@ -231,8 +231,8 @@ def time_shift(
     Args:
         solver: a function (path, times) -> Table, such as ``ddim`` or ``functools.partial(deis, order=3)``. The call
             that opens a step is relabelled, and with it all that the step computes.
-        window: full width of the search, in thousandths of the path's time; 400 / steps by default, the paper's 40 at
-            10 steps. 0 is the plain solver. A label stays between the neighbouring grid points.
+        window: full width of the search, in thousandths of the path's time; by default 40, or 400 / steps where that
+            is less, about the paper's. 0 is the plain solver. A label stays between the neighbouring grid points.
         cutoff: steps that start at or below it leave the next label alone (the paper: 200 at 10 steps, 300 above).
         match: "noise" compares with sigma^2 as the paper does, "marginal" with alpha^2 v0 + sigma^2.
         data_variance: v0, a number or one a sample: see ``data_variance``.
