@@ -35,7 +35,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 
 from ..models.paths import coefficient
 from . import scheduler_config as meaning
-from .catalogue import find
+from .catalogue import find, solvers
 from .noise import check_ids
 from .stepper import Noise, Stepper
 from .table import Table
@@ -314,8 +314,12 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         at = int(np.abs(table.times[:-1] - table.t[begin, 0]).argmin())
         if self._given is None:
             later = meaning.build(self.config, self._path, table.times[at:])
-        else:
+        elif table.solver in solvers():
             later = find(table.solver)(self._path, table.times[at:], **table.options)
+        else:
+            raise ValueError(
+                f"begin_index must be 0: how {table.solver!r} would begin midway is not in its table"
+            )
         if later.calls != table.calls - begin or not np.allclose(later.t, table.t[begin:]):
             raise ValueError(
                 f"begin_index must be a call at which a step of {table.solver} begins, and the steps that follow must "

@@ -296,13 +296,15 @@ def shifted(config: Mapping[str, Any], t: np.ndarray, mu: float | None = None) -
 
 
 def build(config: Mapping[str, Any], path: Path, grid: np.ndarray) -> Table:
-    """The config's solver on a grid; ``solver_order`` is its ``order`` or ``nodes``, if it has one."""
+    """The config's solver on a grid; ``solver_order`` is its ``order``, ``nodes`` or ``predictor``, if it has one."""
     solver = find(config.get("solver", "multistep"))
     options = dict(config.get("solver_options") or {})
     for name in ("order", "nodes", "predictor"):
         if name in solver.entry.options and name not in options:
             options[name] = config.get("solver_order", 3)
             break
+    if config.get("solver") == "ddpm" and config.get("variance_type") == "fixed_large":
+        options.setdefault("variance", "large")
     return solver(path, grid, **options)
 
 

@@ -89,7 +89,7 @@ class Stepper:
         following = state.y.to(sample.dtype)
         self.done += 1
         self._state = state if self.done < self.calls else None  # the end needs no history
-        if sample.dtype in HALVES and not compiling:
+        if sample.dtype in HALVES and not compiling and not following.is_inference():  # those have no version
             self._handed_out = following, following._version
         return following
 
@@ -122,7 +122,7 @@ class Stepper:
             return self._opening(given)
         if sample.dtype in HALVES and self._handed_out is not None:
             handed_out, version = self._handed_out
-            if sample is handed_out and sample._version == version:
+            if sample is handed_out and handed_out._version == version:
                 return state
         return State(given if self._joined[self.done] else state.x, given, state.d, self.done, state.ids)
 

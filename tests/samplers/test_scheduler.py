@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,7 +23,7 @@ import diffusers
 
 from fewstep.models import paths
 from fewstep.models.mixture import random_mixture
-from fewstep.samplers import FewstepScheduler, ddim, dpmpp, grids, sample
+from fewstep.samplers import FewstepScheduler, ddim, dpmpp, grids, sample, unipc
 from fewstep.samplers.catalogue import solvers
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -213,6 +214,32 @@ def test_edits_begin_midway_with_a_start_of_their_own(kind, name, theirs, solver
     assert np.abs(made[0] - made[1]).max() < 1e-4
 
 
+class Unrounded(diffusers.UniPCMultistepScheduler):
+    """Theirs, but for the network's times on a flow, which they cut to whole numbers."""
+
+    def set_timesteps(self, *args, **kwargs):
+        super().set_timesteps(*args, **kwargs)
+        self.timesteps = self.sigmas[:-1] * 1000
+
+
+@pytest.mark.parametrize("name", ["wan", "sd3"])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_on_flows_is_diffusers(name, order):
+    theirs = Unrounded(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=order
+    )
+    config = {key: value for key, value in theirs.config.items() if key[0] != "_"}  # as a file has it
+    scheduler = FewstepScheduler.from_config(config, solver="unipc")
+    for s in (theirs, scheduler):
+        s.set_timesteps(6)
+    assert torch.allclose(scheduler.sigmas, theirs.sigmas.float(), rtol=1e-6, atol=2e-6)
+    # theirs begins at sigma = 1 - 1e-6, and its weights depend on this number; ours have the limit at 1
+    table = unipc(paths.flow(), theirs.sigmas.double().numpy(), order=order)
+    scheduler = FewstepScheduler.from_config(config, table=table)
+    expected, got = (images(name, s, steps=6) for s in (theirs, scheduler))
+    assert np.abs(expected - got).max() < 1e-4
+
+
 @pytest.mark.parametrize("solver", ["multistep", "heun", "unipc", "dpm_single"])
 @pytest.mark.parametrize("told", [True, False])
 def test_beginning_midway_is_the_table_of_the_times_left(solver, told):
@@ -253,14 +280,22 @@ def test_half_precision_goes_on_where_it_stopped():
     assert (y.float() - x).abs().max() < 0.01
 
 
+def test_half_precision_in_inference_mode():
+    scheduler = FewstepScheduler(prediction_type="sample", solver="dpmpp")
+    scheduler.set_timesteps(5)
+    with torch.inference_mode():
+        x = NOISE.half()
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
+    assert x.dtype == torch.float16 and not x.any()
+
+
 # --- the same as our own loop -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_run_is_that_of_sample(prediction):
     for name, solver in solvers().items():
-        if name == "time_shift":
-            continue
         grid = "vp" if name != "restart" else "karras"
         try:
             scheduler = FewstepScheduler(
@@ -305,6 +340,17 @@ def test_thresholding_is_diffusers():
         x = theirs.step(output, t, x, use_clipped_model_output=True).prev_sample
         y = mine.step(output, t, y).prev_sample
     assert torch.allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["small", "large"])
+def test_the_variance_of_ddpm_is_diffusers(kind):
+    """With the same generator. Index 0 comes last: elsewhere their large variance adds noise in the last step too."""
+    theirs = diffusers.DDPMScheduler(
+        variance_type=f"fixed_{kind}", timestep_spacing="leading", clip_sample=False
+    )
+    mine = FewstepScheduler.from_config(theirs.config, solver="ddpm")
+    expected, got = (images("ddpm", s, steps=6) for s in (theirs, mine))
+    assert np.abs(expected - got).max() < 1e-4
 
 
 def test_a_variance_beside_the_prediction_is_left_out():
@@ -518,6 +564,10 @@ def test_a_table_in_place_of_a_solver(tmp_path):
     scheduler.set_timesteps(5)
     scheduler.set_begin_index(2)
     assert scheduler._stepper.calls == 3
+    found = FewstepScheduler.from_config(base, table=dataclasses.replace(table, solver="found"))
+    found.set_timesteps(5)
+    with pytest.raises(ValueError, match="begin_index must be 0"):
+        found.set_begin_index(2)
     flux = ours("flux", table=dpmpp(paths.flow(), grids.vp(paths.flow(), 4)))
     assert np.isfinite(images("flux", flux)).all()  # its sigmas say no more than how many steps
 
