@@ -26,7 +26,10 @@ from fewstep.models.mixture import random_mixture
 from fewstep.samplers import FewstepScheduler, ddim, dpmpp, grids, sample, unipc
 from fewstep.samplers.catalogue import solvers
 
-pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers"),
+]
 diffusers.utils.logging.set_verbosity_error()
 
 
