@@ -20,6 +20,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 import diffusers
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
 from fewstep.models import paths
 from fewstep.models.mixture import random_mixture
@@ -217,7 +218,7 @@ def test_edits_begin_midway_with_a_start_of_their_own(kind, name, theirs, solver
     assert np.abs(made[0] - made[1]).max() < 1e-4
 
 
-class Unrounded(diffusers.UniPCMultistepScheduler):
+class Unrounded(UniPCMultistepScheduler):
     """Theirs, but for the network's times on a flow, which they cut to whole numbers."""
 
     def set_timesteps(self, *args, **kwargs):
