@@ -37,6 +37,7 @@ from fewstep.models import load, paths
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.mixture import random_mixture
 from fewstep.samplers import (
+    abm,
     ddim,
     deis,
     dpm,
@@ -58,7 +59,7 @@ CALLS = (5, 8, 10, 15, 20)
 MIXTURES = {"mixture-vp": paths.vp_linear, "mixture-edm": paths.edm, "mixture-flow": paths.flow}
 NETWORKS = ("digits-vp", "digits-edm", "digits-flow")
 METRICS = ("rms", "median")
-DEFAULT = "multistep x0/vp 3 corrected / vp^2"
+DEFAULT = "abm 3 / vp^2"
 
 
 class Problem(NamedTuple):
@@ -90,13 +91,18 @@ def problems(names: list[str], seeds: int) -> Iterator[Problem]:
                 )
                 yield Problem(name, mixture.denoiser(MIXTURES[name]()), noise, {})
         else:
-            noise = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-            yield Problem(name, load(name), noise, {"label": torch.arange(10)})
+            noise = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+            yield Problem(name, load(name), noise, {"label": torch.arange(20) % 10})
 
 
 def skipping(path: paths.Path, n: int, exponent: float) -> np.ndarray:
     """``grids.vp`` of n + 1 steps without its first: as if at the second point noise were still all there is."""
     return grids.vp(path, n + 1, exponent=exponent)[1:]
+
+
+def stopping(path: paths.Path, n: int, exponent: float) -> np.ndarray:
+    """``skipping`` down to ``t_min`` and no further: at exponent 1 what diffusers calls "leading"."""
+    return grids.vp(path, n + 1, exponent=exponent, t_min=path.t_min, end="t_min")[1:]
 
 
 # --- ours ----------------------------------------------------------------------------------------------------------
@@ -125,6 +131,7 @@ def ours(straight: bool) -> list[Entry]:
     usual = {"vp^2": spacings["vp^2"], "logsnr": grids.logsnr, "karras": grids.karras}
     quadratic = {**usual, "quadratic": grids.quadratic}
     skips = {f"vp^{e:g} skipping": partial(skipping, exponent=e) for e in (1.0, 1.5, 2.0)}
+    stops = {f"vp^{e:g} stopping": partial(stopping, exponent=e) for e in (1.0, 1.5, 2.0)}
     spacings |= skips
     straight_to = {"uniform": grids.uniform, "shift 3": partial(grids.shifted, shift=3.0)} if straight else {}
     entries = []
@@ -136,7 +143,7 @@ def ours(straight: bool) -> list[Entry]:
     for nodes in (2, 3, 4):
         how = {"form": "x0", "variable": "vp", "nodes": nodes}
         add(f"multistep x0/vp {nodes}", multistep, spacings, **how)
-        add(f"multistep x0/vp {nodes} corrected", multistep, spacings, **how, corrector=True)
+        add(f"abm {nodes}", abm, {**spacings, **stops}, nodes=nodes)
     add("ddim", ddim, {**usual, "uniform": grids.uniform})
     for variable in ("t", "rho", "lam"):
         add(f"deis {variable} 3", deis, quadratic, order=3, variable=variable)
@@ -147,7 +154,8 @@ def ours(straight: bool) -> list[Entry]:
     add("dpm 3 exact", dpm, usual, order=3, weight="exact")
     for order in (2, 3):
         for rule in ("bh1", "bh2"):
-            add(f"unipc {order} {rule}", unipc, {**usual, **skips, **straight_to}, order=order, rule=rule)
+            on = {**usual, **skips, **stops, **straight_to}
+            add(f"unipc {order} {rule}", unipc, on, order=order, rule=rule)
     add("ipndm 4", ipndm, usual)
     add("ipndm_v 3", ipndm_v, usual, order=3)
     add("pndm simple", pndm, usual, variant="simple")
@@ -393,7 +401,7 @@ def markdown(results: dict[str, Any], calls: tuple[int, ...], device: str) -> st
         "",
         f"Recommended default: `{DEFAULT}`, that is",
         "",
-        '    multistep(path, grids.vp(path, n, exponent=2.0), form="x0", variable="vp", nodes=3, corrector=True)',
+        "    abm(path, grids.vp(path, n))",
     ]
     for metric in METRICS:
         text += ["", f"## {'Root mean square' if metric == 'rms' else 'The median sample'}", ""]

@@ -1,6 +1,7 @@
 """Solvers as data, and the one loop that runs them."""
 
 from . import grids
+from .abm import abm
 from .adapters import adapted
 from .blend import Blend
 from .consistency import consistency
@@ -30,7 +31,7 @@ from .time_shift import time_shift
 from .unipc import unipc
 
 __all__ = [
-    "Blend", "Info", "Program", "State", "Table", "adapted", "autoguidance", "cfg", "consistency", "ddim",
+    "Blend", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "cfg", "consistency", "ddim",
     "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders", "feature_distance",
     "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score",
     "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "skip", "starting_noise", "step",

@@ -146,7 +146,7 @@ def quadratic(
 def vp(
     path: Path,
     n: int,
-    exponent: float = 1.5,
+    exponent: float = 2.0,
     t_max: float | None = None,
     t_min: float | None = None,
     end: str = "clean",
@@ -157,7 +157,7 @@ def vp(
 
     >>> from fewstep.models import paths
     >>> vp(paths.flow(), 3).round(3).tolist()
-    [1.0, 0.814, 0.408, 0.0]
+    [1.0, 0.718, 0.275, 0.0]
     """
     _positive("exponent", exponent)
 
