@@ -3,6 +3,7 @@
 fewstep sample digits --solver deis --order 3 --steps 10 --num 64 --seed 0 --out samples.png
 fewstep solvers
 fewstep table deis --steps 6 --path vp_linear
+fewstep search digits --nfe 5 --out table.json
 fewstep teacher digits-flow
 fewstep demo
 """
@@ -113,7 +114,7 @@ def _times(path, solver: Callable, arguments: argparse.Namespace, options: dict[
 
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--grid", default="logsnr", help="where the steps lie (default: logsnr)")
+    parser.add_argument("--grid", default="vp", help="where the steps lie (default: vp)")
     many = parser.add_mutually_exclusive_group()
     many.add_argument("--steps", type=int, default=10, help="number of steps (default: 10)")
     many.add_argument(
@@ -131,8 +132,9 @@ def sample(argv: list[str]) -> int:
         "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder"
     )
     parser.add_argument(
-        "--solver", default="multistep", help="fewstep solvers lists them (default: multistep)"
+        "--solver", default="abm", help="fewstep solvers lists them (default: abm)"
     )
+    parser.add_argument("--table", type=Path, help="a saved table instead of --solver, --grid and --steps")
     _add_grid(parser)
     parser.add_argument("--num", type=int, default=64, help="number of samples (default: 64)")
     parser.add_argument(
@@ -159,7 +161,7 @@ def sample(argv: list[str]) -> int:
 
     from .eval import images
     from .models import in_blocks, load
-    from .samplers import catalogue, cfg
+    from .samplers import Table, catalogue, cfg
     from .samplers import sample as draw
     from .samplers.noise import starting_noise
 
@@ -168,12 +170,17 @@ def sample(argv: list[str]) -> int:
     if arguments.out.suffix not in (".png", ".npz", ""):
         raise ValueError(f"--out must end in .png or .npz, or name a folder, got {arguments.out}")
     solver = catalogue.find(arguments.solver)
+    if arguments.table is not None and rest:
+        raise ValueError(f"--table is a table as it is: it takes no {' '.join(rest)}")
     options = _solver_options(solver, rest)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     d = load(arguments.model).to(device)
     if device.type == "cpu":
         d = in_blocks(d, 16)  # the same bits whatever --batch and --num
-    table = solver(d.path, _times(d.path, solver, arguments, options), **options)
+    if arguments.table is not None:
+        table = Table.load(arguments.table)
+    else:
+        table = solver(d.path, _times(d.path, solver, arguments, options), **options)
     classes = getattr(d.net, "null_label", None)  # the label after the last class
     if arguments.label is not None and not (classes and 0 <= arguments.label < classes):
         raise ValueError(
@@ -205,7 +212,7 @@ def sample(argv: list[str]) -> int:
     else:
         images.save_folder(arguments.out, pictures)
     print(
-        f"{arguments.num} samples of {arguments.model} by {arguments.solver}, {table.calls} calls each: {arguments.out}"
+        f"{arguments.num} samples of {arguments.model} by {table.solver}, {table.calls} calls each: {arguments.out}"
     )
     return 0
 
@@ -335,6 +342,48 @@ def teleport_stats(argv: list[str]) -> int:
         print(
             f"{100 * float((kept / (kept + left)).mean()):.2f} % of the variance lies in the directions kept"
         )
+    return 0
+
+
+@verb("searches a solver for a model at a number of network calls, and saves its table")
+def search(argv: list[str]) -> int:
+    """``fewstep search MODEL --nfe N``."""
+    parser = _parser("search", "Search the times and decisions of every step that bring a model's samples nearest to\n"
+                               "its converged ones. An interrupted search goes on where it was.")  # fmt: skip
+    parser.add_argument(
+        "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder"
+    )
+    parser.add_argument("--nfe", "--calls", type=int, required=True, help="network calls of the solver")
+    parser.add_argument(
+        "--budget", type=int, default=5000, help="network calls of the search (default: 5000)"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="samples in each of them (default: 32)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, default=Path("table.json"), help="(default: table.json)")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    from .models import load
+    from .samplers import search as find
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    d = load(arguments.model).to(device)
+    classes = getattr(d.net, "null_label", None)
+    state = arguments.out.with_name(f"{arguments.out.name}.search")
+    table = find(
+        d, arguments.nfe, budget=arguments.budget, batch=arguments.batch, seed=arguments.seed, file=state,
+        cond={"label": torch.arange(classes)} if classes else None, progress=sys.stderr.isatty(),
+    )  # fmt: skip
+    table.save(arguments.out)
+    state.unlink()
+    told = table.options["search"]
+    print("\n".join(f"{time:8.4g}  {step}" for time, step in zip(table.times, table.options["steps"])))
+    print(
+        f"on fresh noise its error is {told['fresh_error']:.4g}, that of {told['by_hand']}, the best made by hand, "
+        f"{told['fresh_error_by_hand']:.4g}: {arguments.out}"
+    )
     return 0
 
 

@@ -25,17 +25,19 @@ from .restart import restart
 from .rk import rk
 from .sa import sa
 from .sde_dpmpp import sde_dpmpp
+from .search import search
 from .table import Table
 from .teleport import skip, teleport
 from .time_shift import time_shift
 from .unipc import unipc
+from .usf import usf
 
 __all__ = [
     "Blend", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "cfg", "consistency", "ddim",
     "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders", "feature_distance",
     "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score",
-    "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "skip", "starting_noise", "step",
-    "take", "teleport", "time_shift", "unipc",
+    "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "starting_noise",
+    "step", "take", "teleport", "time_shift", "unipc", "usf",
 ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The command as a user types it: in processes of its own where that matters, in this one where it does not."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep import cli
+from fewstep import cli, samplers
 from fewstep.samplers import Table
 
 
@@ -158,3 +159,17 @@ def test_teleport_stats_writes_what_skip_takes(tmp_path, capsys):
     ):
         code, _, error = run(*words, *extra, capsys=capsys)
         assert code == 2 and message in error
+
+
+def test_a_searched_table_is_saved_and_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(samplers, "search", functools.partial(samplers.search, reference=20))  # to be quick
+    out = tmp_path / "found.json"
+    words = ["digits-flow", "--nfe", 2, "--budget", 400, "--batch", 2, "--out", out]
+    code, said, _ = run("search", *words, capsys=capsys)
+    assert code == 0 and "on fresh noise its error is" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["found.json"]
+    words = ["sample", "digits-flow", "--table", out, "--num", 2, "--out", tmp_path / "two.png"]
+    code, said, _ = run(*words, capsys=capsys)
+    assert code == 0 and "by usf, 2 calls each" in said
+    code, _, said = run(*words, "--order", 3, capsys=capsys)
+    assert code == 2 and "it takes no --order 3" in said
