@@ -12,8 +12,8 @@ error, so that "noise", the paper's, shifts upwards even where nothing is wrong;
 the window round the step's start; with that no narrow window would hold the time that the sample is at.)
 
 Every candidate is a lane of one table, made ahead of time, and a step picks a lane a sample: no more network calls, and
-no waiting for the device. Window and cutoff are in thousandths of the path's time, the paper's units: on EDM's path,
-of the linear VP path's time at the same log-SNR.
+no waiting for the device. Window and cutoff are in thousandths of the path's time, the paper's units; on EDM's path and
+on flows, of the linear VP path's time at the same log-SNR (where near the noise a thousandth of t may be a world).
 
     >>> from fewstep.models import GaussianMixture, paths
     >>> from fewstep.samplers import ddim, grids, starting_noise
@@ -46,20 +46,22 @@ MARGIN = 0.1  # of a grid interval: as near as a label may come to the next grid
 
 
 def to_units(path: Path, t: Times) -> Times:
-    """Thousandths of the path's time; on EDM's path of the linear VP path's.
+    """Thousandths of a VP path's own time; on other paths, of the linear VP path's at the same log-SNR.
 
     >>> from fewstep.models import paths
-    >>> to_units(paths.flow(), 0.25), round(to_units(paths.edm(), 1.0))
-    (250.0, 259)
+    >>> to_units(paths.vp_linear(), 0.25), round(to_units(paths.edm(), 1.0)), to_units(paths.flow(), 1.0)
+    (250.0, 259, 1000.0)
     """
-    if path.name == "edm":
-        return 1000.0 * vp_time(path.lam(t))
-    return 1000.0 * (t - path.t_clean) / (path.t_max - path.t_clean)
+    if path.name not in ("edm", "flow"):
+        return 1000.0 * (t - path.t_clean) / (path.t_max - path.t_clean)
+    units = 1000.0 * vp_time(np.asarray(path.lam(t)))
+    units = np.where(np.isfinite(units), units, 1000.0)  # a flow's t = 1 has no such time
+    return units if isinstance(t, np.ndarray) else float(units)
 
 
 def from_units(path: Path, u: Times) -> Times:
     """The inverse of ``to_units``."""
-    if path.name == "edm":
+    if path.name in ("edm", "flow"):
         return path.time(vp_lam(u / 1000.0))
     return path.t_clean + u / 1000.0 * (path.t_max - path.t_clean)
 
