@@ -22,7 +22,7 @@ import torch
 from ..models import Denoiser, load
 from ..models.classifier import load_classifier
 from ..models.digits import digits
-from ..samplers import ddim, deis, dpmpp, grids, heun, multistep, sample, unipc
+from ..samplers import abm, ddim, deis, dpmpp, grids, heun, sample, unipc
 from ..samplers.noise import USER, starting_noise, uniform
 from . import images
 from .frechet import frechet_distance
@@ -37,7 +37,7 @@ ROWS: tuple[tuple[str, Callable, dict, Callable], ...] = (
     ("DEIS tAB-2", deis, {"order": 3}, grids.logsnr),
     ("DPM-Solver++ 2M", dpmpp, {"order": 2}, grids.logsnr),
     ("UniPC-3", unipc, {"order": 3}, grids.logsnr),
-    ("multistep (default)", multistep, {}, grids.logsnr),
+    ("ABM (our default)", abm, {}, grids.vp),
 )
 
 
@@ -69,12 +69,12 @@ class Judge(NamedTuple):
                 "nearest": float(near.samples), "nearest_held_out": float(near.held_out)}  # fmt: skip
 
 
-def converged(d: Denoiser, noise: torch.Tensor, label: torch.Tensor, steps: int = 100) -> torch.Tensor:
-    """The teacher's own samples: many steps of a third-order solver, down to the same last time."""
-    return sample(d, noise, multistep(d.path, grids.logsnr(d.path, steps), nodes=3), cond={"label": label})
+def converged(d: Denoiser, noise: torch.Tensor, label: torch.Tensor, steps: int = 60) -> torch.Tensor:
+    """The teacher's own samples: many steps of the best solver that we have."""
+    return sample(d, noise, abm(d.path, grids.vp(d.path, steps), nodes=4), cond={"label": label})
 
 
-def run(model: str, num: int, out: Path, steps: int = 100) -> list[dict]:
+def run(model: str, num: int, out: Path, steps: int = 60) -> list[dict]:
     """Sample, judge, print, draw; returns the table's rows."""
     torch.set_num_threads(min(torch.get_num_threads(), 2))
     d, judge = load(model), Judge.digits()
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="fewstep demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="digits", help="digits-edm (digits), digits-vp or digits-flow")
-    parser.add_argument("--num", type=int, default=1000, help="samples a cell (default: 1000)")
+    parser.add_argument("--num", type=int, default=600, help="samples a cell (default: 600)")
     parser.add_argument("--out", type=Path, default=Path("out/demo.png"))
     arguments = parser.parse_args(argv)
     if arguments.num < 100:

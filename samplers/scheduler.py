@@ -85,7 +85,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: Sequence[float] | None = None,
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
-        solver: str = "multistep",
+        solver: str = "abm",
         solver_order: int = 3,
         solver_options: Mapping[str, Any] | None = None,
         timestep_spacing: str = "trailing",

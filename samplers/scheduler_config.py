@@ -297,7 +297,7 @@ def shifted(config: Mapping[str, Any], t: np.ndarray, mu: float | None = None) -
 
 def build(config: Mapping[str, Any], path: Path, grid: np.ndarray) -> Table:
     """The config's solver on a grid; ``solver_order`` is its ``order``, ``nodes`` or ``predictor``, if it has one."""
-    solver = find(config.get("solver", "multistep"))
+    solver = find(config.get("solver", "abm"))
     options = dict(config.get("solver_options") or {})
     for name in ("order", "nodes", "predictor"):
         if name in solver.entry.options and name not in options:

@@ -87,7 +87,7 @@ def test_guidance_is_cfg_at_that_scale_and_1_is_none(tmp_path, capsys):
     import torch
 
     from fewstep.models import load
-    from fewstep.samplers import cfg, grids, multistep, sample, starting_noise
+    from fewstep.samplers import abm, cfg, grids, sample, starting_noise
 
     words = ("sample", "digits", "--steps", 3, "--num", 8, "--label", 3, "--grid", "karras", "--out")
     for name, more in {
@@ -100,7 +100,7 @@ def test_guidance_is_cfg_at_that_scale_and_1_is_none(tmp_path, capsys):
     a, b, c, d = (np.load(tmp_path / f"{name}.npz")["arr_0"].astype(int) for name in "abcd")
     assert (a == b).all() and (c == d).all() and np.abs(a - c).max() > 20
     guided = cfg(load("digits"), 2.5)
-    table = multistep(guided.path, grids.karras(guided.path, 3))
+    table = abm(guided.path, grids.karras(guided.path, 3))
     x = sample(guided, starting_noise(0, 8, guided.shape), table, cond={"label": torch.full((8,), 3)})
     wanted = ((x.clamp(-1, 1) + 1) * 127.5)[:, 0].numpy()
     assert np.abs(wanted - c[..., 0]).max() < 1  # rounded to grey levels
