@@ -67,7 +67,7 @@ def handmade(path: Path, calls: int) -> Iterator[tuple[str, Schedule]]:
     """Known solvers on standard grids, by name."""
     one = {"ddim": "x0 vp 1", "DPM-Solver++ 2M": "x0 lam 2 shipped", "DPM-Solver++ 3M": "x0 lam 3"}
     one |= {f"multistep x0/vp {n}": f"x0 vp {n}" for n in (2, 3, 4)}
-    one |= {f"multistep x0/vp {n} corrected": f"x0 vp {n} corrector={n - 1}" for n in (2, 3, 4)}
+    one |= {f"abm {n}": f"x0 vp {n} corrector={n - 1}" for n in (2, 3, 4)}
     one |= {f"DEIS {v} {n}": f"eps {v} {n}" for v, n in (("t", 3), ("t", 4), ("rho", 3), ("lam", 3))}
     spacings = {f"vp^{e:g}": grids.vp(path, calls, exponent=e) for e in (1.0, 1.5, 2.0)}
     spacings |= {name: getattr(grids, name)(path, calls) for name in ("logsnr", "karras", "uniform")}

@@ -5,7 +5,7 @@ over samples, of the distance to where that ended: a sample that falls on the ot
 sample, and does not drown the rest. What is searched:
 
 - the discrete decisions of every step, by evolution: solvers made by hand on standard grids are the first population,
-  and a small predictor, trained on what was measured so far, picks among many mutants those worth measuring (S^3,
+  and mutants of the best are measured, picked at random or by a predictor trained on what was measured so far (S^3,
   2312.07243);
 - times and scales, by Gauss-Newton on the best schedule that can still be improved so. With errors e_i of samples,
   residuals r_i / e_i make it descend on sum log e_i; derivatives are differences: the network's gradient is not needed.
@@ -79,7 +79,8 @@ def search(d: Denoiser, calls: int, *, budget: int = 10_000, seed: int = 0, batc
         batch: too few samples are learnt by heart: 64 where they have few elements, 16 to 32 for images.
         cond: the network's keyword arguments, tensors whose rows are dealt out to the samples in turn.
         metric: samples (metric_batches * batch, ...) -> a number, small is good; it chooses among the finalists.
-        predictor: "ranker", or "none" to measure mutants picked at random.
+        predictor: "ranker" measures the mutants that a small network likes best, "none" some picked at random; which
+            matters little: Gauss-Newton does most of the work (``benchmarks/search.py --predictor none`` compares).
         reference: calls of a converged trajectory; three of them are part of the budget.
         file: where the state is kept, as JSON, every few seconds. A search begun there is continued, to the same result
             that it would have had without interruption; it makes the training noise's trajectory once more.
