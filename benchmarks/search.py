@@ -92,10 +92,10 @@ def markdown(rows: list[dict[str, Any]], device: str) -> str:
     text = [
         "# Searched solvers", "",
         f"`python benchmarks/search.py`, {device}. Distances to the ODE's converged solution on",
-        "held-out noise: the geometric mean over samples, and the root mean square over all. *By hand* is the best of all",
-        "known solvers and grids on that same noise, of each measure its own best; *nearer* is the share of samples that",
-        "the searched solver brings nearer. A mixture has watersheds: the root mean square is that of the few samples that",
-        "fall on the other side.", "",
+        "held-out noise: the geometric mean over samples, and the root mean square over all. *By hand* is the best of",
+        "all known solvers and grids on that same noise, of each measure its own best; *nearer* is the share of",
+        "samples that the searched solver brings nearer. A mixture has watersheds: the root mean square is that",
+        "of the few that fall on the other side.", "",
         "| problem | calls | best by hand | its error | searched | ratio | nearer | RMSE by hand | searched |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
