@@ -131,9 +131,7 @@ def sample(argv: list[str]) -> int:
     parser.add_argument(
         "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder"
     )
-    parser.add_argument(
-        "--solver", default="abm", help="fewstep solvers lists them (default: abm)"
-    )
+    parser.add_argument("--solver", default="abm", help="fewstep solvers lists them (default: abm)")
     parser.add_argument("--table", type=Path, help="a saved table instead of --solver, --grid and --steps")
     _add_grid(parser)
     parser.add_argument("--num", type=int, default=64, help="number of samples (default: 64)")
