@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"the verb must be one of {', '.join(VERBS)}, got {arguments[0]!r}")
     try:
         return VERBS[arguments[0]][1](arguments[1:])
-    except (ValueError, TypeError, FileExistsError, FileNotFoundError) as error:
+    except (ValueError, TypeError, FileExistsError, FileNotFoundError, ImportError) as error:
         return _fail(str(error))
     except BrokenPipeError:  # fewstep solvers | head
         sys.stderr.close()

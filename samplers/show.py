@@ -46,8 +46,13 @@ def describe(table: Table, lane: int = 0) -> str:
 
 def plot(table: Table, file: str | os.PathLike | None = None, lane: int = 0):
     """Left: where the calls stand in noise. Right: every call's x0 estimate, its share in each point and the result."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures are drawn by matplotlib: pip install matplotlib (or fewstep[demo])"
+        ) from error
 
     calls = table.calls
     figure = Figure(figsize=(11, 4.8), layout="constrained")

@@ -133,6 +133,12 @@ def test_wrong_input_ends_with_one_clear_line(words, said, capsys, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_library_that_is_not_there_is_named_with_how_to_get_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    code, _, err = run("table", "ddim", "--plot", tmp_path / "t.png", capsys=capsys)
+    assert code == 2 and "pip install matplotlib" in err and err.count("\n") == 1
+
+
 def test_a_table_saved_by_the_command_is_plain_json(tmp_path, capsys):
     file = tmp_path / "t.json"
     run("table", "ddim", "--steps", 3, "--out", file, capsys=capsys)
