@@ -19,7 +19,7 @@ import torch
 from fewstep.eval import bench
 from fewstep.models import Denoiser, load, paths
 from fewstep.models.mixture import random_mixture
-from fewstep.samplers import deis, dpmpp, grids, init, multistep, sample, sde_dpmpp, starting_noise, step
+from fewstep.samplers import abm, deis, dpmpp, grids, init, sample, sde_dpmpp, starting_noise, step
 from fewstep.samplers.noise import normal, words
 
 SHAPES = {
@@ -47,7 +47,7 @@ def same_samples(device: torch.device) -> dict:
     answer = {}
     d = random_mixture(64, 10, seed=0)
     noise = starting_noise(0, 32, (64,), torch.float64)
-    for name, solver in (("multistep", multistep), ("sde_dpmpp", sde_dpmpp)):
+    for name, solver in (("abm", abm), ("sde_dpmpp", sde_dpmpp)):
         table = solver(paths.flow(), grids.vp(paths.flow(), 10))
         runs = [
             sample(d.to(where).denoiser(paths.flow()), noise.to(where), table).cpu()
@@ -55,13 +55,13 @@ def same_samples(device: torch.device) -> dict:
         ]
         answer[f"mixture, {name}"] = float((runs[0] - runs[1]).abs().max())
     teacher = load("digits")
-    table, label = multistep(teacher.path, grids.vp(teacher.path, 10)), torch.arange(10)
+    table, label = abm(teacher.path, grids.vp(teacher.path, 10)), torch.arange(10)
     noise = starting_noise(0, 10, teacher.shape)
     runs = [
         sample(teacher.to(where), noise.to(where), table, cond={"label": label.to(where)}).cpu()
         for where in ("cpu", device)
     ]
-    answer["digits, multistep"] = float((runs[0] - runs[1]).abs().max())
+    answer["digits, abm"] = float((runs[0] - runs[1]).abs().max())
     return answer
 
 
@@ -151,7 +151,7 @@ def _diffusers_steps(noise: torch.Tensor, out: torch.Tensor) -> dict[str, Callab
 def throughput(device: torch.device) -> dict:
     """Images a second of the embedded teacher, ten calls each."""
     d = load("digits").to(device)
-    table = multistep(d.path, grids.vp(d.path, 10)).on(d, device)
+    table = abm(d.path, grids.vp(d.path, 10)).on(d, device)
     results = {}
     for batch in (16, 256, 4096) if device.type == "cuda" else (16, 64):
         noise, label = starting_noise(0, batch, d.shape).to(device), torch.arange(batch, device=device) % 10
