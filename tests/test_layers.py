@@ -43,7 +43,7 @@ def modules(root: Path) -> dict[str, str]:
 
 
 def is_package(name: str, names: Iterable[str]) -> bool:
-    return name == "" or name in LAYERS[:-1] or any(other.startswith(name + ".") for other in names)
+    return name == "" or name in LAYERS or any(other.startswith(name + ".") for other in names)
 
 
 def statements(tree: ast.AST, everywhere: bool) -> Iterator[ast.Import | ast.ImportFrom]:

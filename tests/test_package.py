@@ -10,7 +10,7 @@ from pathlib import Path
 import fewstep
 
 ROOT = Path(fewstep.__file__).resolve().parent
-LAYERS = ("kernels", "models", "samplers", "eval", "distill")
+LAYERS = ("kernels", "models", "samplers", "eval", "distill", "cli")
 
 
 def setup() -> configparser.ConfigParser:
