@@ -1,0 +1,49 @@
+"""Losses of the distillers as pure functions of tensors: no config, no trainer, no network.
+
+x0 is a student's sample (B, ...), D_r and D_f are the teacher's and the critic's estimates of x0 at the noised sample
+x_t = alpha x0 + sigma eps, and alpha, sigma are one number a sample (B,) or one for all. A *gradient* function answers
+g, what d loss / d x0 is to be for a sample; ``surrogate(x0, g)`` is the scalar that has it.
+"""
+
+from .adversarial import approximate_r1, discriminator_loss, generator_loss, gradient_r1
+from .denoising import denoising_loss, x0_weight
+from .divergences import DIVERGENCES, Divergence, LevelMeans, density_ratio, divergence_weight, level_means
+from .dmd import dmd_gradient
+from .phased import phased_critic_loss, phased_gradient, phased_kernel, phased_target
+from .rendered import (
+    cds_gradient,
+    classifier_gradient,
+    invert,
+    score_distillation_gradient,
+    variational_gradient,
+)
+from .score_matching import sid_loss, sim_loss
+from .surrogate import surrogate
+
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "LevelMeans",
+    "approximate_r1",
+    "cds_gradient",
+    "classifier_gradient",
+    "denoising_loss",
+    "density_ratio",
+    "discriminator_loss",
+    "divergence_weight",
+    "dmd_gradient",
+    "generator_loss",
+    "gradient_r1",
+    "invert",
+    "level_means",
+    "phased_critic_loss",
+    "phased_gradient",
+    "phased_kernel",
+    "phased_target",
+    "score_distillation_gradient",
+    "sid_loss",
+    "sim_loss",
+    "surrogate",
+    "variational_gradient",
+    "x0_weight",
+]
