@@ -1,7 +1,7 @@
 """Counter-based noise: Philox4x32-10 (Salmon et al. 2011), keyed by (seed, id), counted by (element, row, stream).
 
 The normal at an element depends on these five numbers alone, so a sample is the same bits in any batch, order, rank or
-process. Four normals come from one draw, by Box-Muller from 23-bit uniforms: |z| <= 5.77.
+process (of one kind of device: a GPU rounds logarithms otherwise, by 3e-6 at most). ``kernels/philox.py`` draws them.
 
     >>> import torch
     >>> a = normal(7, torch.arange(64), (3, 8, 8), row=2)
@@ -17,32 +17,38 @@ from collections.abc import Sequence
 
 import torch
 
-WORD = 0xFFFFFFFF
+from ..kernels import philox as kernel
+from ..kernels.philox import WORD, philox
+
+__all__ = [
+    "START",
+    "STEP",
+    "USER",
+    "WORD",
+    "check_ids",
+    "normal",
+    "philox",
+    "starting_noise",
+    "uniform",
+    "words",
+]
+
 STEP, START, USER = 0, 1, 2  # streams: a row's fresh noise, a sample's opening noise, whatever a user draws
+Seed = int | torch.Tensor
 
 
-def philox(
-    counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int, torch.Tensor | int]
-) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words and broadcast against one another."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # a product of two words overflows int64 but wraps, and its upper word survives the shift and the mask
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
-        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    return c0, c1, c2, c3
-
-
-def _check_seed(seed: int) -> int:
+def seed_on(seed: Seed, device: torch.device) -> torch.Tensor:
+    """The 64 bits of a seed in an int64 tensor of shape (1,); a tensor (one or one a sample) goes through."""
+    if isinstance(seed, torch.Tensor) and seed.dtype == torch.int64 and seed.ndim <= 1:
+        return seed.to(device)
     try:
         whole = -1 if isinstance(seed, bool) else operator.index(seed)
     except TypeError:
         whole = -1
     if not 0 <= whole < 2**64:
         raise ValueError(f"seed must be an int in 0 .. 2^64 - 1, got {seed!r}")
-    return whole
+    # filled on the device: a copy from here would be waited for
+    return torch.full((1,), whole - (whole >> 63 << 64), dtype=torch.int64, device=device)
 
 
 def check_ids(ids: torch.Tensor, batch: int | None = None) -> torch.Tensor:
@@ -59,42 +65,34 @@ def check_ids(ids: torch.Tensor, batch: int | None = None) -> torch.Tensor:
 
 
 def words(
-    seed: int, ids: torch.Tensor, groups: int, row: int | torch.Tensor, stream: int
+    seed: Seed, ids: torch.Tensor, groups: int, row: int | torch.Tensor, stream: int
 ) -> tuple[torch.Tensor, ...]:
-    """Four random 32-bit words for each of (B, groups); ``row`` is an int or one a sample."""
-    seed, ids = _check_seed(seed), ids.to(torch.int64).reshape(-1, 1)
-    element = torch.arange(groups, dtype=torch.int64, device=ids.device).reshape(1, -1)
-    row = (
-        row.to(torch.int64).reshape(-1, 1)
-        if isinstance(row, torch.Tensor)
-        else torch.full_like(ids, int(row))
-    )
-    counter = (element, row, torch.full_like(ids, int(stream)), torch.full_like(ids, seed >> 32))
-    return philox(counter, (seed & WORD, ids & WORD))
+    """Four random 32-bit words for each of (B, groups); ``seed`` and ``row`` are one for all or one a sample."""
+    return kernel.words(seed_on(seed, ids.device), ids, groups, _row_on(row, ids), stream)
 
 
 def normal(
-    seed: int,
+    seed: Seed,
     ids: torch.Tensor,
     shape: Sequence[int],
     row: int | torch.Tensor = 0,
     stream: int = USER,
     dtype: torch.dtype = torch.float32,
+    impl: str | None = None,
 ) -> torch.Tensor:
-    """Standard normals of shape (B, *shape), one sample for each of ``ids`` (below 2^32)."""
-    count = math.prod(shape)
-    uniforms = [((w >> 9).double() + 0.5) * 2.0**-23 for w in words(seed, ids, -(-count // 4), row, stream)]
-    pairs = []
-    for radius, angle in (uniforms[:2], uniforms[2:]):
-        r = torch.sqrt(-2 * torch.log(radius))
-        pairs += [r * torch.cos(2 * math.pi * angle), r * torch.sin(2 * math.pi * angle)]
-    # rounded to float32 also when float64 is asked for: the same draw whatever the precision of the state
-    z = torch.stack(pairs, dim=-1).float().flatten(1)[:, :count]
+    """Standard normals of shape (B, *shape), one sample for each of ``ids`` (below 2^32).
+
+    The seed is an int, or int64 tensors with its bits on the device of ``ids``, one for all or one a sample.
+    """
+    # float32 draws also when float64 is asked for: the same draw whatever the precision of the state
+    z = kernel.normals(
+        seed_on(seed, ids.device), ids.long(), math.prod(shape), _row_on(row, ids), stream, impl
+    )
     return z.reshape(len(ids), *shape).to(dtype)
 
 
 def uniform(
-    seed: int, ids: torch.Tensor, count: int, row: int | torch.Tensor = 0, stream: int = USER
+    seed: Seed, ids: torch.Tensor, count: int, row: int | torch.Tensor = 0, stream: int = USER
 ) -> torch.Tensor:
     """Uniforms in (0, 1), float64 with 32 random bits, of shape (B, count)."""
     drawn = torch.stack(words(seed, ids, -(-count // 4), row, stream), dim=-1).flatten(1)[:, :count]
@@ -102,7 +100,7 @@ def uniform(
 
 
 def starting_noise(
-    seed: int, ids: torch.Tensor | int, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    seed: Seed, ids: torch.Tensor | int, shape: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """The unit noise that samples ``ids`` (or the first n) open with.
 
@@ -112,3 +110,9 @@ def starting_noise(
     if isinstance(ids, int) and not isinstance(ids, bool) and ids >= 0:
         ids = torch.arange(ids)
     return normal(seed, check_ids(ids), shape, stream=START, dtype=dtype)
+
+
+def _row_on(row: int | torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    if isinstance(row, torch.Tensor):
+        return row.to(ids.device, torch.int64)
+    return torch.full((1,), int(row), dtype=torch.int64, device=ids.device)
