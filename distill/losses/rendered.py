@@ -50,11 +50,11 @@ def invert(d: Denoiser, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.T
     x' = (alpha' / alpha) x + (sigma' - (alpha' / alpha) sigma) eps(x, t)
     """
     path = d.path
-    times = [float(t) for t in times]
-    if sorted(times) != times or len(times) < 2:
-        raise ValueError(f"times must rise and be two or more, got {times}")
-    x = x * path.alpha(times[0])
-    for now, then in zip(times, times[1:], strict=False):
+    levels = [float(t) for t in times]
+    if sorted(levels) != levels or len(levels) < 2:
+        raise ValueError(f"times must rise and be two or more, got {levels}")
+    x = x * path.alpha(levels[0])
+    for now, then in zip(levels, levels[1:], strict=False):
         ratio = path.alpha(then) / path.alpha(now)
         x = ratio * x + (path.sigma(then) - ratio * path.sigma(now)) * d.eps(x, now, **cond)
     return x
