@@ -14,6 +14,8 @@ coefficients; people call ``d(x, t)``.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -88,7 +90,8 @@ class Denoiser:
     """A network on a path, seen as an estimator of x0.
 
     Args:
-        call: ``call(x, tau, **cond)`` -> the network's output (or a tuple of them); ``tau`` has shape (B,).
+        call: ``call(x, tau, **cond)`` -> the network's output (or a tuple of them); ``tau`` has shape (B,). Written as
+            ``partial(function, net)`` it lets ``copy`` bind a network of its own.
         path: the Gaussian path it was trained on.
         predicts: what the output is: ``eps``, ``x0``, ``v`` (VP), ``flow`` (dx/dt) or ``score``.
         precond: ``"edm"`` wraps the output as EDM does (2206.00364): x0 = c_skip x/alpha + c_out F with
@@ -236,6 +239,27 @@ class Denoiser:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def copy(self) -> Denoiser:
+        """A Denoiser of the same kind over a copy of ``net``: a student, or a critic, that starts as its teacher.
+
+        >>> from functools import partial
+        >>> from fewstep.models import paths
+        >>> def ask(net, x, tau): return net(x)
+        >>> net = nn.Linear(2, 2)
+        >>> twin = Denoiser(partial(ask, net), paths.flow(), predicts="flow", net=net).copy()
+        >>> twin.net is net, twin.call.args[0] is twin.net
+        (False, True)
+        """
+        if not isinstance(self.call, functools.partial) or self.call.args[:1] != (self.net,):
+            raise ValueError(
+                "to be copied, a Denoiser must be made with net=net and call=functools.partial(function, net), "
+                "so that the copy can bind a network of its own"
+            )
+        twin, net = copy.copy(self), copy.deepcopy(self.net)
+        twin.net = net
+        twin.call = functools.partial(self.call.func, net, *self.call.args[1:], **self.call.keywords)
+        return twin
 
     def to(self, *args: Any, **kwargs: Any) -> Denoiser:
         """Move ``net`` (as ``nn.Module.to`` does) and return self."""

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     path = paths.from_config(config["path"])
     scale, precond = float(config.get("time_scale", 1.0)), config.get("precond")
     return Denoiser(
-        lambda x, tau, label=None: net(x, tau, label),
+        functools.partial(_ask, net),
         path,
         predicts=config["predicts"],
         precond=precond,
@@ -90,6 +91,12 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         net=net,
         shape=config["shape"],
     )
+
+
+def _ask(
+    net: torch.nn.Module, x: torch.Tensor, tau: torch.Tensor, label: torch.Tensor | None = None
+) -> torch.Tensor:
+    return net(x, tau, label)
 
 
 def _scaled_time(path: paths.Path, precond: str | None, scale: float):
