@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +22,15 @@ class Case(NamedTuple):
     ``make(device)`` gives its keyword arguments, the same numbers on every device and shapes alone on "meta".
     ``real``: of the size that models have, for ahead-of-time checks and benchmarks; else small enough to interpret.
     ``tolerance``: the largest error against the reference in float64 that is right, relative to its largest value.
+    ``waived``: {what does not hold ahead of time: why}: a target that cannot hold the case, or a check of ``aot`` by its
+    name ("spills", "shared", "fp64", "wide").
     """
 
     name: str
     make: Callable[[torch.device | str], dict[str, Any]]
     real: bool = False
     tolerance: float = 1e-6
+    waived: Mapping[str, str] = MappingProxyType({})
 
 
 def ops() -> dict[str, ModuleType]:
