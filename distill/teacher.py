@@ -32,20 +32,8 @@ from ..models.digits import CLASSES, SHAPE, SIGMA_DATA, digits
 from ..models.load import build, save_checkpoint
 from ..models.unet import UNet, time_frequencies
 from . import recipe as recipes
+from .levels import Times, draw_times
 from .progress import track
-
-
-@dataclass
-class Times:
-    """How training times are drawn.
-
-    ``lognormal``: log rho normal (EDM). ``logit_normal``: logit t normal (2403.03206). ``uniform``: t uniform between
-    the path's t_min and t_max. All are stratified over the batch, which takes noise out of the gradient for nothing.
-    """
-
-    kind: str = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
 
 
 @dataclass
@@ -77,22 +65,6 @@ class TeacherRecipe:
     seed: int = 0
     threads: int = 1
     out: str = "."
-
-
-def draw_times(times: Times, path: paths.Path, n: int, random: torch.Generator) -> torch.Tensor:
-    """n times, one from each n-th of the distribution, in random order, as float64."""
-    shares = (torch.randperm(n, generator=random) + torch.rand(n, generator=random, dtype=torch.float64)) / n
-    shares = shares.clamp(1e-6, 1 - 1e-6)
-    if times.kind == "uniform":
-        return path.t_min + shares * (path.t_max - path.t_min)
-    normal = times.mean + times.std * math.sqrt(2) * torch.erfinv(2 * shares - 1)
-    if times.kind == "lognormal":
-        t = path.time(-normal)
-    elif times.kind == "logit_normal":
-        t = normal.sigmoid() * path.t_max
-    else:
-        raise ValueError(f"times.kind must be uniform, lognormal or logit_normal, got {times.kind!r}")
-    return t.clamp(path.t_min, path.t_max)
 
 
 def target(

@@ -20,11 +20,12 @@ from . import checkpoint, paths
 from .denoiser import Denoiser
 from .dit import DiT
 from .load_diffusers import load_folder
+from .mlp import MLP
 from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
 ALIASES = {"digits": "digits-edm"}
-NETS = {"unet": UNet, "dit": DiT}
+NETS = {"unet": UNet, "dit": DiT, "mlp": MLP}
 
 
 def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle: bool = False) -> Denoiser:
@@ -66,7 +67,7 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     """A Denoiser with fresh weights from plain data.
 
     Keys: ``path`` (see ``Path.to_config``), ``predicts``, ``precond``, ``sigma_data``, ``shape``, ``net`` (``type``:
-    ``unet`` or ``dit``, and that net's config) and ``time_scale``: the network is given time_scale x t, and with EDM
+    ``unet``, ``dit`` or ``mlp``, and that net's config) and ``time_scale``: the network is given time_scale x t, and with EDM
     preconditioning time_scale x ln(rho) / 4.
     """
     known = {"path", "predicts", "precond", "sigma_data", "time_scale", "net", "shape"}

@@ -1,0 +1,14 @@
+"""Distillation methods: each says how the student's loss and the critic's are made of the players and a batch.
+
+A method is a dataclass of its options with two functions, ``student_loss(players, batch)`` and ``critic_loss(players,
+batch)``; both answer (loss, numbers worth logging, detached). The trainer does the rest.
+"""
+
+from .dmd2 import DMD2
+from .fdistill import FDistill
+from .phased import PhasedDMD
+from .sim import SIM
+
+METHODS = {"dmd2": DMD2, "fdistill": FDistill, "sim": SIM, "phased": PhasedDMD}
+
+__all__ = ["DMD2", "METHODS", "SIM", "FDistill", "PhasedDMD"]
