@@ -74,6 +74,16 @@ def runs_on(tensor: torch.Tensor) -> bool:
     return absent(tensor.device) is None
 
 
+def direct(tensor: torch.Tensor) -> bool:
+    """Whether nobody watches this call (torch.compile, a fake or tracing mode, a subclass), so that an op that has no
+    gradient may launch its kernel itself and spare the way through the dispatcher."""
+    return (
+        type(tensor) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def why(device: torch.device | str | None = None) -> tuple[Impl, str]:
     """Who runs the ops on ``device`` (by default the GPU if there is one), and the reason, for people to read."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
