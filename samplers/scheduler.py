@@ -34,6 +34,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
 from ..models.paths import coefficient
+from ..models.scheduler_meaning import alphas_cumprod, betas, network
 from . import scheduler_config as meaning
 from .catalogue import find, solvers
 from .noise import check_ids
@@ -107,15 +108,15 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}")
         find(solver)
         meaning.grid_name(self.config)
-        self._path, self._predicts = meaning.network(self.config)
+        self._path, self._predicts = network(self.config)
         self._noise: Noise | None = seed
         self._ids: torch.Tensor | None = None
         self._given = None if table is None else _as_table(table)
         if self._given is not None:
             self._stepper_of(self._given)  # of this network's path, or ValueError
             self.register_to_config(table=json.loads(self._given.to_json()))
-        self.betas = torch.as_tensor(meaning.betas(self.config), dtype=torch.float32)
-        self.alphas_cumprod = torch.as_tensor(meaning.alphas_cumprod(self.config), dtype=torch.float32)
+        self.betas = torch.as_tensor(betas(self.config), dtype=torch.float32)
+        self.alphas_cumprod = torch.as_tensor(alphas_cumprod(self.config), dtype=torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._order: int | None = None

@@ -1,10 +1,8 @@
-"""What a diffusers scheduler's config says: of a network (path, prediction), and of the times to call it at.
+"""What a diffusers scheduler's config says of the times to call a network at, and of the solver.
 
->>> path, predicts = network({"prediction_type": "flow_prediction"})
->>> path.name, predicts, times({"timestep_spacing": "trailing", "shift": 3.0}, path, 4).tolist()
-('flow', 'flow', [1.0, 0.9, 0.75, 0.5, 0.0])
->>> network({"prediction_type": "epsilon", "beta_schedule": "scaled_linear"})[0].t_max
-999.0
+>>> from fewstep.models import paths
+>>> times({"timestep_spacing": "trailing", "shift": 3.0}, paths.flow(), 4).tolist()
+[1.0, 0.9, 0.75, 0.5, 0.0]
 """
 
 from __future__ import annotations
@@ -18,20 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models import paths
 from ..models.paths import Path
+from ..models.scheduler_meaning import family
 from . import grids
 from .catalogue import find, find_grid
 from .table import Table
 
-PREDICTS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 SPACINGS = ("leading", "linspace", "trailing")  # diffusers' own; every grid of ours may be named beside them
-# What only flow schedulers' configs hold; they do not say a prediction_type.
-FLOW_KEYS = {
-    "shift", "flow_shift", "time_shift_type", "use_dynamic_shifting", "invert_sigmas", "shift_terminal",
-    "stochastic_sampling", "base_image_seq_len",
-}  # fmt: skip
-DDPM_KEYS = {"beta_schedule", "beta_start", "beta_end", "trained_betas"}
 GRID_FLAGS = {
     "use_karras_sigmas": "karras",
     "use_exponential_sigmas": "exponential",
@@ -45,31 +36,6 @@ ALSO_READ = {
 # diffusers leaves index 0 out of "linspace" and "leading" for its multistep classes, but not for these.
 KEEPS_INDEX_ZERO = {"ddim", "ddpm", "euler", "heun", "pndm", "consistency"}
 SHIFTABLE = {*SPACINGS, "shifted", "uniform", "power", "quadratic", "vp"}  # grids in t, that a shift moves
-
-
-def family(config: Mapping[str, Any], name: str = "config") -> str:
-    """The ``prediction_type`` that a config means, ``flow_prediction`` where only its keys give a flow away.
-
-    >>> family({"num_train_timesteps": 1000, "shift": 3.0}), family({"beta_schedule": "linear"})
-    ('flow_prediction', 'epsilon')
-    """
-    if config.get("invert_sigmas"):
-        raise ValueError(f"{name} has invert_sigmas=True: time that runs from data to noise is not supported")
-    if config.get("timestep_type") == "continuous":
-        raise ValueError(
-            f"{name} has timestep_type='continuous': networks that are told log(sigma) are not supported"
-        )
-    if "prediction_type" in config and (DDPM_KEYS | FLOW_KEYS) & set(config):
-        return config["prediction_type"]
-    if DDPM_KEYS & set(config):
-        return "epsilon"
-    if FLOW_KEYS & set(config):
-        return "flow_prediction"
-    kind = config.get("_class_name", "an unknown class")
-    raise ValueError(
-        f"{name} must be that of a scheduler with betas ({', '.join(sorted(DDPM_KEYS))}) or of flow matching (shift, "
-        f"..), got one of {kind} without any of these keys"
-    )
 
 
 def handed_over(
@@ -105,50 +71,6 @@ def handed_over(
         if "flow_shift" in config and "shift" not in config:
             changes.setdefault("shift", config["flow_shift"])
     return config, changes
-
-
-def betas(config: Mapping[str, Any]) -> np.ndarray:
-    """The variances that the forward process adds, float64 of shape (num_train_timesteps,)."""
-    given = config.get("trained_betas")
-    count, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if given is not None:
-        values = np.asarray(given, dtype=np.float64)
-    elif kind == "linear":
-        values = np.linspace(first, last, count)
-    elif kind == "scaled_linear":
-        values = np.linspace(math.sqrt(first), math.sqrt(last), count) ** 2
-    elif kind == "squaredcos_cap_v2":  # 2102.09672
-        abar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2) ** 2
-        values = np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
-    elif kind == "sigmoid":
-        values = first + (last - first) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count)))
-    else:
-        known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
-        raise ValueError(f"beta_schedule must be one of {known}, got {kind!r}; or pass trained_betas")
-    if not config.get("rescale_betas_zero_snr"):
-        return values
-    root = np.sqrt(np.cumprod(1.0 - values))  # 2305.08891: shift the last to 0, keep the first
-    abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return 1.0 - abar / np.append(1.0, abar[:-1])
-
-
-def alphas_cumprod(config: Mapping[str, Any]) -> np.ndarray:
-    """The share of signal left, float64. Zero terminal SNR ends at 2^-24 or less instead, so that lam stays finite."""
-    values = np.cumprod(1.0 - betas(config))
-    if config.get("rescale_betas_zero_snr"):
-        values[-1] = min(2.0**-24, values[-2] / 2)
-    return values
-
-
-def network(config: Mapping[str, Any]) -> tuple[Path, str]:
-    """The path that the network lives on, and what it predicts."""
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTS:
-        raise ValueError(f"prediction_type must be one of {', '.join(PREDICTS)}, got {prediction!r}")
-    if prediction == "flow_prediction":
-        return paths.flow(), "flow"
-    return paths.vp_discrete(alphas_cumprod(config)), PREDICTS[prediction]
 
 
 def transform(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tensor] | None:
