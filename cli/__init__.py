@@ -18,9 +18,11 @@ VERBS = {
     "sample": (".sample", "samples from a model, as one picture, an .npz, or a folder of PNGs"),
     "solvers": (".solvers", "lists every solver: options, calls a step, order of convergence, paper"),
     "table": (".table", "prints a solver's coefficients on a path, draws or saves them"),
+    "convert": (".convert", "a checkpoint of EDM or EDM2 as safetensors, without running its pickled code"),
     "teleport-stats": (".teleport_stats", "mean and covariance of a data set, for skipping the noisy steps"),
     "search": (".search", "searches a solver for a model at a number of network calls, and saves its table"),
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
+    "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
     "demo": ("..eval.demo", "samples the embedded teacher with several solvers: a picture and a table"),
 }
 

@@ -19,37 +19,40 @@ import torch
 from . import checkpoint, paths
 from .denoiser import Denoiser
 from .dit import DiT
+from .edm2_unet import EDM2UNet
+from .edm_checkpoint import EDMCheckpoint, check_same, read_edm
+from .edm_unet import EDMUNet
 from .load_diffusers import load_folder
 from .mlp import MLP
 from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
 ALIASES = {"digits": "digits-edm"}
-NETS = {"unet": UNet, "dit": DiT, "mlp": MLP}
+NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet}
 
 
-def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle: bool = False) -> Denoiser:
+def load(name_or_path: str | os.PathLike, attention: str = "sdpa") -> Denoiser:
     """A Denoiser, frozen and in evaluation mode.
 
     Args:
         name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers; a
             ``.safetensors`` checkpoint of fewstep; or a folder that diffusers saved: a pipeline of a UNet2DModel and
-            a DDPM-like, FlowMatch or EDM scheduler; or, where pickles are allowed, one of the EDM repositories.
+            a DDPM-like, FlowMatch or EDM scheduler; or a ``.pkl`` of the EDM or EDM2 repositories, whose weights are
+            read without running the code that it carries.
         attention: ``sdpa`` or ``xformers``.
-        allow_pickle: pickles run code when they are read, so they are refused unless this says so.
     """
     name = os.fspath(name_or_path)
     name = ALIASES.get(name, name)
     if name in EMBEDDED:
         return _checkpoint(checkpoint.DATA / f"{name}.safetensors", attention)
     path = Path(name).expanduser()
-    if path.suffix in (".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".bin"):
-        if not allow_pickle:
-            raise ValueError(
-                f"{name} is a pickle, and reading one runs whatever code is in it; if you trust its source, pass "
-                "allow_pickle=True, or better convert it to safetensors"
-            )
-        return _edm_pickle(path)
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
+        raise ValueError(
+            f"{name} is a pickle without an architecture, which is not read: make safetensors of it with "
+            "torch.load(..., weights_only=True), and a network that they fit"
+        )
+    if path.suffix in (".pkl", ".pickle") and path.exists():
+        return _edm(path, attention)[0]
     if path.is_dir():
         return _frozen(load_folder(path, attention))
     if path.is_file():
@@ -58,8 +61,8 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa", allow_pickle:
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(
-        f"name_or_path must be one of {', '.join(known)}, a fewstep checkpoint (.safetensors) or a folder saved by "
-        f"diffusers, got {name!r}, which is neither a name nor a path that exists{hint}"
+        f"name_or_path must be one of {', '.join(known)}, a fewstep checkpoint (.safetensors), a .pkl of EDM or EDM2, "
+        f"or a folder saved by diffusers, got {name!r}, which is neither a name nor a path that exists{hint}"
     )
 
 
@@ -67,10 +70,11 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     """A Denoiser with fresh weights from plain data.
 
     Keys: ``path`` (see ``Path.to_config``), ``predicts``, ``precond``, ``sigma_data``, ``shape``, ``net`` (``type``:
-    ``unet``, ``dit`` or ``mlp``, and that net's config) and ``time_scale``: the network is given time_scale x t, and with EDM
-    preconditioning time_scale x ln(rho) / 4.
+    ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale`` and ``time_offset``: the
+    network is given time_scale x u + time_offset, u being t, ln(rho) where ``time`` is ``log_rho``, and ln(rho) / 4
+    with EDM preconditioning.
     """
-    known = {"path", "predicts", "precond", "sigma_data", "time_scale", "net", "shape"}
+    known = {"path", "predicts", "precond", "sigma_data", "time", "time_scale", "time_offset", "net", "shape"}
     if unknown := set(config) - known:
         raise ValueError(
             f"unknown key {', '.join(sorted(unknown))}; a Denoiser's config has {', '.join(sorted(known))}"
@@ -81,14 +85,13 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         raise ValueError(f"net.type must be one of {', '.join(NETS)}, got {kind!r}")
     net = NETS[kind](net_config, attention)
     path = paths.from_config(config["path"])
-    scale, precond = float(config.get("time_scale", 1.0)), config.get("precond")
     return Denoiser(
         functools.partial(_ask, net),
         path,
         predicts=config["predicts"],
-        precond=precond,
+        precond=config.get("precond"),
         sigma_data=config.get("sigma_data", 0.5),
-        time=_scaled_time(path, precond, scale),
+        time=_time(path, config),
         net=net,
         shape=config["shape"],
     )
@@ -100,10 +103,16 @@ def _ask(
     return net(x, tau, label)
 
 
-def _scaled_time(path: paths.Path, precond: str | None, scale: float):
-    if precond == "edm":
-        return lambda t: path.lam(t) * (-0.25 * scale)
-    return lambda t: t * scale
+def _time(path: paths.Path, config: Mapping[str, Any]):
+    kind, scale = config.get("time", "t"), float(config.get("time_scale", 1.0))
+    offset = float(config.get("time_offset", 0.0))
+    if kind not in ("t", "log_rho"):
+        raise ValueError(f"time must be 't' or 'log_rho', got {kind!r}")
+    if config.get("precond") == "edm":
+        kind, scale = "log_rho", 0.25 * scale
+    if kind == "log_rho":
+        return lambda t: path.lam(t) * -scale + offset
+    return lambda t: t * scale + offset
 
 
 def save_checkpoint(
@@ -143,24 +152,26 @@ def _frozen(d: Denoiser) -> Denoiser:
     return d
 
 
-def _edm_pickle(path: Path) -> Denoiser:
-    """The network under ``ema`` in a pickle of the EDM repositories: net(x, sigma, one-hot label) is an x0."""
-    import pickle
+def convert(source: str | os.PathLike, out: str | os.PathLike) -> Denoiser:
+    """A ``.pkl`` of EDM or EDM2 as a checkpoint of fewstep (``.safetensors``); returns what was read.
 
-    with open(path, "rb") as file:
-        content = pickle.load(file)
-    net = content.get("ema") if isinstance(content, dict) else None
-    missing = [name for name in ("img_channels", "img_resolution", "label_dim") if not hasattr(net, name)]
-    if missing:
-        raise ValueError(f"{path} is no EDM pickle: what is under 'ema' has no {', '.join(missing)}")
+    Weights are stored as the pickle has them: half precision stays half. ``training`` in the file's metadata says where
+    they came from, and of EDM2's latent models what their latents are: scale x (what the VAE answers) + bias.
+    """
+    d, found = _edm(Path(source))
+    half = any(v.dtype == torch.float16 for v in found.tensors.values())
+    save_checkpoint(out, d, found.config, training=found.about, dtype=torch.float16 if half else None)
+    return d
 
-    def call(x: torch.Tensor, sigma: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        if not net.label_dim:
-            return net(x, sigma, None)
-        classes = torch.zeros(len(x), net.label_dim, device=x.device)
-        if label is not None:  # no label is a row of zeros
-            classes[torch.arange(len(x), device=x.device), label] = 1
-        return net(x, sigma, classes)
 
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    return _frozen(Denoiser(call, paths.edm(), predicts="x0", net=net.float(), shape=shape))
+def _edm(path: Path, attention: str = "sdpa") -> tuple[Denoiser, EDMCheckpoint]:
+    found = read_edm(path)
+    d = build(found.config, attention)
+    try:
+        d.net.load_state_dict({k: v.float() for k, v in found.tensors.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} does not hold the weights of the network that it describes: {error}"
+        ) from None
+    check_same(found.record, d.net)
+    return _frozen(d), found
