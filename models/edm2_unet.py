@@ -79,8 +79,8 @@ class EDM2UNetConfig:
 def unit(x: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """x divided by its root mean square over ``dims`` (eq. 67, with the code's epsilon).
 
-    >>> unit(torch.full((1, 4), 3.0), (1,))
-    tensor([[0.9999, 0.9999, 0.9999, 0.9999]])
+    >>> unit(torch.tensor([[3.0, -3.0]]), (1,)).round(decimals=3)
+    tensor([[ 1., -1.]])
     """
     size = math.prod(x.shape[d] for d in dims)
     length = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)

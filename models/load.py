@@ -70,9 +70,9 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     """A Denoiser with fresh weights from plain data.
 
     Keys: ``path`` (see ``Path.to_config``), ``predicts``, ``precond``, ``sigma_data``, ``shape``, ``net`` (``type``:
-    ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale`` and ``time_offset``: the
-    network is given time_scale x u + time_offset, u being t, ln(rho) where ``time`` is ``log_rho``, and ln(rho) / 4
-    with EDM preconditioning.
+    ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale``, ``time_offset``:
+    the network is given time_scale x u + time_offset, u being t, or ln(rho) where ``time`` is ``log_rho``, or
+    ln(rho) / 4 with EDM preconditioning.
     """
     known = {"path", "predicts", "precond", "sigma_data", "time", "time_scale", "time_offset", "net", "shape"}
     if unknown := set(config) - known:
