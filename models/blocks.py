@@ -14,6 +14,7 @@ depends on the batch (nor does the memory that it takes).
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from .denoiser import Denoiser
 def in_blocks(d: Denoiser, size: int = 16) -> Denoiser:
     """``d`` with its network called on exactly ``size`` samples at a time, the last block filled up.
 
-    Every condition that is a tensor of one entry a sample is cut along; all else is passed on. Below 16 or so blocks
-    cost time; ``d`` itself stays as it is. A composite is made of denoisers in blocks, not put into blocks itself.
+    Every condition that is a tensor of one entry a sample, or a mapping of such, is cut along; all else is passed on.
+    Below 16 or so blocks cost time; ``d`` itself stays as it is. A composite is made of denoisers in blocks, not put
+    into blocks itself.
     """
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}")
@@ -38,7 +40,7 @@ def in_blocks(d: Denoiser, size: int = 16) -> Denoiser:
         for begin in range(0, batch, size):
             index = torch.arange(begin, begin + size, device=x.device)
             index = torch.where(index < batch, index, begin)
-            cut = {k: v[index] if _per_sample(v, batch) else v for k, v in cond.items()}
+            cut = _cut(cond, index, batch)
             out = call(x[index], tau[index], **cut)
             pieces.append(tuple(o[: batch - begin] for o in (out if isinstance(out, tuple) else (out,))))
         if not pieces:
@@ -51,5 +53,9 @@ def in_blocks(d: Denoiser, size: int = 16) -> Denoiser:
     return twin
 
 
-def _per_sample(value: Any, batch: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch
+def _cut(value: Any, index: torch.Tensor, batch: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _cut(inner, index, batch) for key, inner in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return value[index]
+    return value

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .denoiser import Denoiser
-
-NULL = "null"
+from .denoiser import NULL, Denoiser
 
 
 class Condition(Mapping):
@@ -90,6 +88,8 @@ class Codec:
         embed: ``embed(prompt, negative, **options) -> Condition``.
         grid: (rows, columns) of the tokens that latents are packed into, 2 x 2 latents each; None where they are not.
         batch: how many samples the autoencoder sees at once.
+        null: the null condition of a model whose conditions are classes, e.g. ``{"label": 1000}``.
+        pipe: whose autoencoder and text encoders these are: ``to`` moves all of it.
     """
 
     def __init__(
@@ -98,8 +98,10 @@ class Codec:
         embed: Callable[..., Condition] | None = None,
         grid: tuple[int, int] | None = None,
         batch: int = 8,
+        null: Mapping[str, Any] | None = None,
+        pipe: Any = None,
     ):
-        self.vae, self.grid, self.batch = vae, grid, batch
+        self.vae, self.grid, self.batch, self.null, self.pipe = vae, grid, batch, null, pipe
         self._embed = embed
 
     def embed(
@@ -111,8 +113,16 @@ class Codec:
         None makes no null. ``options`` are the pipeline's own.
         """
         if self._embed is None:
-            raise ValueError("prompt is of no use to this model: it takes no text")
+            instead = f"; cond={{{', '.join(map(repr, self.null))}: ..}} says a class" if self.null else ""
+            raise ValueError(f"prompt is of no use to this model: it takes no text{instead}")
         return self._embed(prompt, negative, **options)
+
+    def to(self, *args: Any, **kwargs: Any) -> Codec:
+        """Moves the pipeline, or else the autoencoder, and returns self."""
+        owner = self.vae if self.pipe is None else self.pipe
+        if owner is not None:
+            owner.to(*args, **kwargs)
+        return self
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Latents, the mode of the autoencoder's posterior, as the network was trained on them."""

@@ -29,6 +29,7 @@ Form = Literal["x0", "eps", "v"]
 Predicts = Literal["eps", "x0", "v", "flow", "score"]
 PREDICTS = ("eps", "x0", "v", "flow", "score")
 FORMS = ("x0", "eps", "v")
+NULL = "null"  # the key of ``cond`` under which a condition carries what guidance puts in its place
 
 
 def combination(kind: str, path: Path, t: Times) -> tuple[Times, Times]:
@@ -137,7 +138,8 @@ class Denoiser:
     # --- what samplers use: outputs as they are, and the scalars that turn them into something --------------------
 
     def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
-        """The outputs (F_1 .. F_m) of the network(s) at x, time t."""
+        """The outputs (F_1 .. F_m) of the network(s) at x, time t; ``cond``'s ``null`` is guidance's, not theirs."""
+        cond.pop(NULL, None)
         scale = self._input_scale(t)
         network_input = x if scale is None else x * coefficient(scale, x)
         dtype = self.dtype
@@ -262,9 +264,11 @@ class Denoiser:
         return twin
 
     def to(self, *args: Any, **kwargs: Any) -> Denoiser:
-        """Move ``net`` (as ``nn.Module.to`` does) and return self."""
+        """Move ``net`` (as ``nn.Module.to`` does), what its codec is made of too, and return self."""
         if self.net is not None:
             self.net.to(*args, **kwargs)
+        if self.codec is not None:
+            self.codec.to(*args, **kwargs)
         return self
 
     # --- how the network wants its input -----------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Ask the pipeline: what would it tell its network, for this prompt?
 
 A diffusers pipeline is run unchanged with its network and its scheduler replaced for the time of the call. What stands
-in for the network keeps what it is given and answers noise, what stands in for the scheduler sees what the pipeline made
-of these answers. So nothing of a family's text encoding, sizes, packing or guidance is written here again:
+in for the network keeps what it is given and answers noise, what stands in for the scheduler sees what the pipeline
+made of these answers. So nothing of a family's text encoding, sizes, packing or guidance is written here again:
 
     cond, null        the network's keywords with the prompt and without it
     scale, rescale    the pipeline's guidance:  null + scale (cond - null), found by solving for the answers' weights
@@ -48,6 +48,7 @@ class Asked(NamedTuple):
     dtype: torch.dtype  # of the network's input
     channels: int  # of the network's output, 2C where it answers with a variance too
     clock: str
+    tau_shape: tuple[int, ...]  # of one sample's time, () unless every token has its own
     schedule: dict[str, Any]  # what the pipeline passed to set_timesteps
 
 
@@ -273,7 +274,8 @@ def _asked(calls: list[Call], stand_in: StandIn, output: torch.Tensor, t: Any, s
     scale = round(cond_weight / factor, 6)
     return Asked(
         cond, null, frozenset(shared), scale, _rescale(calls, weights, cond_at, factor), sample[:batch], first.x.dtype,
-        first.answer.shape[1 if first.x.ndim > 3 else -1], _clock(first.tau, t, stand_in.total), stand_in.schedule,
+        first.answer.shape[1 if first.x.ndim > 3 else -1], _clock(first.tau, t, stand_in.total),
+        tuple(torch.as_tensor(first.tau).shape[1:]), stand_in.schedule,
     )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.denoiser import Denoiser, Form, convert
+from ..models.denoiser import NULL, Denoiser, Form, convert
 from ..models.paths import Path, Times, coefficient
 
 Weights = Callable[[Times], Sequence[Times]]
@@ -195,6 +195,55 @@ def given(d: Denoiser, fixed: Mapping[str, Any]) -> Denoiser:
 
     leaf.call = call
     return leaf
+
+
+class Nulled(Composite):
+    """A composite told the null that its condition carries (of a leaf, ``nulled`` makes a leaf)."""
+
+    def __init__(self, child: Denoiser):
+        super().__init__((child,))
+
+    def parts(self) -> tuple[Denoiser, ...]:
+        """The leaves, each told the null."""
+        return tuple(nulled(leaf) for leaf in self.children[0].parts())
+
+    def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
+        """The child's outputs."""
+        return self.children[0].raw(x, t, **null_of(cond, x))
+
+    def affine(self, t: Times, form: Form = "x0") -> tuple[Times, tuple[Times, ...]] | None:
+        """The child's."""
+        return self.children[0].affine(t, form)
+
+    def _as(self, form: str, x: torch.Tensor, t: Times, cond: dict) -> torch.Tensor:
+        return self.children[0]._as(form, x, t, null_of(cond, x))
+
+
+def nulled(d: Denoiser) -> Denoiser:
+    """``d`` told ``cond["null"]`` in place of its condition: no text, or the text to keep away from.
+
+    >>> from fewstep.models import paths
+    >>> d = Denoiser(lambda x, tau, shift: x + shift[:, None], paths.flow(), predicts="x0")
+    >>> cond = {"shift": torch.ones(1), "null": {"shift": torch.zeros(1)}}
+    >>> nulled(d)(torch.ones(1, 1), 0.5, **cond).item(), d(torch.ones(1, 1), 0.5, **cond).item()
+    (1.0, 2.0)
+    """
+    if d.parts() != (d,):
+        return Nulled(d)
+    leaf = copy.copy(d)
+    leaf.raw = lambda x, t, **cond: d.raw(x, t, **null_of(cond, x))  # type: ignore[method-assign]
+    return leaf
+
+
+def null_of(cond: Mapping[str, Any], x: torch.Tensor) -> dict[str, Any]:
+    """``cond`` with the null that it carries put over it; it goes on carrying it, for guidance inside of guidance."""
+    null = cond.get(NULL)
+    if not isinstance(null, Mapping):
+        raise ValueError(
+            "cond must hold null, what guidance leads away from, and this condition has none: cond = "
+            "d.codec.embed(prompt, negative='..') makes one, and models whose guidance is distilled (Flux) want no cfg"
+        )
+    return filled(null, x, cond)
 
 
 def filled(fixed: Mapping[str, Any], x: torch.Tensor, cond: Mapping[str, Any]) -> dict[str, Any]:

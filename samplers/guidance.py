@@ -26,7 +26,7 @@ import torch
 from ..models.denoiser import Denoiser, Form
 from ..models.paths import Path, Times, coefficient
 from .adapters import adapted
-from .blend import Blend, Composite, Weights, as_time, filled, given, is_zero
+from .blend import Blend, Composite, Weights, as_time, filled, given, is_zero, null_of, nulled
 
 Interval = tuple[float, float]
 
@@ -44,7 +44,8 @@ def cfg(
     Args:
         scale: 0 is the unconditional model, 1 the conditional one, bit for bit and at the cost of one.
         null: the keywords that are the condition, and what each is without one: a number, a tensor (repeated over the
-            batch), a mapping of such, or None to leave the keyword out. By default the network's ``null_label``.
+            batch), a mapping of such, or None to leave the keyword out. By default the network's ``null_label``; of a
+            model with a codec the null that the condition carries, ``d.codec.embed("a fox", negative="blurry")``.
         interval: guide only at noise levels lo < sigma/alpha <= hi (2404.07724, whose sigma this is); elsewhere the
             scale is 1, and where all samples are at one time the second forward is saved.
         rescale: phi in 0 .. 1, shrink the guided prediction towards the conditional one's standard deviation
@@ -105,9 +106,10 @@ def rlg(base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval 
 class ClassifierFree(Blend):
     """(d without its condition, d with it), as one forward of a doubled batch where that is possible."""
 
-    def __init__(self, d: Denoiser, null: Mapping[str, Any], weights: Weights, forwards: str = "one"):
-        super().__init__((given(d, null), d), weights, names=("d without its condition", "d"))
-        self.null, self.forwards = dict(null), forwards
+    def __init__(self, d: Denoiser, null: Mapping[str, Any] | None, weights: Weights, forwards: str = "one"):
+        without = nulled(d) if null is None else given(d, null)
+        super().__init__((without, d), weights, names=("d without its condition", "d"))
+        self.null, self.forwards = null, forwards
 
     def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
         """The outputs without the condition, then those with it."""
@@ -115,8 +117,11 @@ class ClassifierFree(Blend):
         without, with_ = self.weights(t)
         if self.forwards == "two" or is_zero(without) or is_zero(with_):
             return super().raw(x, t, **cond)
+        if self.null is None:
+            cond = _wide(cond, len(x))
+        apart = null_of(cond, x) if self.null is None else filled(self.null, x, cond)
         try:
-            both = _doubled(filled(self.null, x, cond), cond, len(x))
+            both = _doubled(apart, cond, len(x))
         except _Apart:
             return super().raw(x, t, **cond)
         if isinstance(t, torch.Tensor) and t.ndim and t.shape[0] == len(x):
@@ -129,7 +134,7 @@ class ClassifierFree(Blend):
         return super()._as(form, x, t, cond)
 
     def _check(self, cond: Mapping[str, Any]) -> None:
-        if missing := [key for key in self.null if key not in cond]:
+        if missing := [key for key in self.null or () if key not in cond]:
             raise ValueError(f"cond must hold {', '.join(missing)}, which the guidance replaces by its null; "
                              f"got {', '.join(cond) or 'nothing'}")  # fmt: skip
 
@@ -211,7 +216,10 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def _null(d: Denoiser, null: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _null(d: Denoiser, null: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What replaces the condition; None where every condition carries that itself."""
+    if null is None and d.codec is not None:
+        return d.codec.null
     if null is None:
         labels = {getattr(leaf.net, "null_label", None) for leaf in d.parts()}
         if len(labels) != 1 or None in labels:
@@ -229,6 +237,15 @@ def _null(d: Denoiser, null: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 class _Apart(Exception):
     """Two conditions do not fit into one batch."""
+
+
+def _wide(value: Any, batch: int) -> Any:
+    """A condition with one row for all samples as one with a row a sample."""
+    if isinstance(value, Mapping):
+        return {key: _wide(inner, batch) for key, inner in value.items()}
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == 1:
+        return value.expand(batch, *value.shape[1:])
+    return value
 
 
 def _doubled(a: Mapping[str, Any], b: Mapping[str, Any], batch: int) -> dict[str, Any]:
