@@ -3,6 +3,7 @@
 from . import paths
 from .blocks import in_blocks
 from .classifier import DigitClassifier, load_classifier
+from .codec import Codec, Condition, decode, encode
 from .denoiser import Denoiser
 from .digits import digits
 from .dit import DiT, DiTConfig
@@ -15,6 +16,8 @@ from .rewards import class_probability, ink
 from .unet import UNet, UNetConfig
 
 __all__ = [
+    "Codec",
+    "Condition",
     "Denoiser",
     "DiT",
     "DiTConfig",
@@ -25,7 +28,9 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "class_probability",
+    "decode",
     "digits",
+    "encode",
     "gaussian",
     "in_blocks",
     "ink",

@@ -1,4 +1,4 @@
-"""``load``: a Denoiser from a name, a checkpoint or a diffusers folder; ``save_checkpoint``: the way back.
+"""``load``: a Denoiser from a name, a checkpoint or a diffusers pipeline; ``save_checkpoint``: the way back.
 
 >>> d = load("digits-flow")
 >>> d.shape, d.path.name, d.predicts
@@ -22,7 +22,7 @@ from .dit import DiT
 from .edm2_unet import EDM2UNet
 from .edm_checkpoint import EDMCheckpoint, check_same, read_edm
 from .edm_unet import EDMUNet
-from .load_diffusers import load_folder
+from .load_diffusers import load_folder, load_pipeline
 from .mlp import MLP
 from .unet import UNet
 
@@ -31,16 +31,60 @@ ALIASES = {"digits": "digits-edm"}
 NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet}
 
 
-def load(name_or_path: str | os.PathLike, attention: str = "sdpa") -> Denoiser:
+def load(
+    name_or_path: str | os.PathLike | Any,
+    attention: str = "sdpa",
+    *,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    device: str | torch.device | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+) -> Denoiser:
     """A Denoiser, frozen and in evaluation mode.
 
     Args:
         name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers; a
-            ``.safetensors`` checkpoint of fewstep; or a folder that diffusers saved: a pipeline of a UNet2DModel and
-            a DDPM-like, FlowMatch or EDM scheduler; or a ``.pkl`` of the EDM or EDM2 repositories, whose weights are
-            read without running the code that it carries.
-        attention: ``sdpa`` or ``xformers``.
+            ``.safetensors`` checkpoint of fewstep; a ``.pkl`` of the EDM or EDM2 repositories, whose weights are read
+            without running the code that it carries; a folder that diffusers saved: a UNet2DModel with a scheduler, or
+            a pipeline of prompts or classes (DiT, Stable Diffusion, SDXL, SD3, Flux, Wan, ...); or such a pipeline
+            itself, whose network is used as it stands.
+        attention: ``sdpa`` or ``xformers``, of our own networks; pipelines have ``pipe.set_attn_processor``.
+        dtype: what the network computes in; the sampler's state is float32 whatever it is.
+        variant: of a pipeline's files, e.g. ``fp16``.
+        device: where to.
+        height, width, frames: of a pipeline's images, in pixels; its defaults unless given, and fixed from then on.
+
+    >>> load("digits", dtype=torch.bfloat16)(torch.zeros(1, 1, 8, 8), 1.0, label=torch.tensor([3])).dtype
+    torch.float32
     """
+    size = {"height": height, "width": width, "frames": frames}
+    size = {name: value for name, value in size.items() if value is not None}
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        if not (callable(name_or_path) and hasattr(name_or_path, "scheduler")):
+            raise TypeError(
+                f"name_or_path must be a name, a path or a diffusers pipeline, got {type(name_or_path).__name__}"
+            )
+        if variant is not None:
+            raise ValueError(
+                f"variant is of files, and this {type(name_or_path).__name__} is loaded: got {variant!r}"
+            )
+        d = load_pipeline(name_or_path, **size)
+        return d if dtype is device is None else d.to(device=device, dtype=dtype)
+    known = os.fspath(name_or_path) in (*ALIASES, *EMBEDDED)
+    if not known and os.path.isdir(os.path.expanduser(name_or_path)):
+        d = load_folder(Path(name_or_path).expanduser(), attention, dtype, variant, device, **size)
+        return _frozen(d)
+    if size or variant is not None:
+        raise ValueError(
+            f"{[*size, 'variant'][0]} is for folders and pipelines of diffusers, got {os.fspath(name_or_path)!r}"
+        )
+    d = _load(name_or_path, attention)
+    return d if dtype is device is None else d.to(device=device, dtype=dtype)
+
+
+def _load(name_or_path: str | os.PathLike, attention: str) -> Denoiser:
     name = os.fspath(name_or_path)
     name = ALIASES.get(name, name)
     if name in EMBEDDED:
@@ -53,8 +97,6 @@ def load(name_or_path: str | os.PathLike, attention: str = "sdpa") -> Denoiser:
         )
     if path.suffix in (".pkl", ".pickle") and path.exists():
         return _edm(path, attention)[0]
-    if path.is_dir():
-        return _frozen(load_folder(path, attention))
     if path.is_file():
         return _checkpoint(path, attention)
     known = [*ALIASES, *EMBEDDED]

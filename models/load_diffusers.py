@@ -100,7 +100,9 @@ def _ask_unet(
 def _pretrained(
     folder: Path, index: Mapping[str, Any], dtype: torch.dtype | None, variant: str | None
 ) -> Any:
-    kind = index.get("_class_name")
+    nets = [_json(folder / name / "config.json") or {} for name in ("unet", "transformer")]
+    named = [net["_class_name"] for net in nets if "_class_name" in net]
+    kind = f"{index.get('_class_name')} with {', '.join(named) or 'no unet or transformer'}"
     try:
         import diffusers
         from diffusers.pipelines import pipeline_loading_utils
