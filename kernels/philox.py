@@ -134,9 +134,13 @@ def launch(seed: torch.Tensor, ids: torch.Tensor, count: int, row: torch.Tensor,
     if out.numel():
         block = min(BLOCK, next_power_of_2(ceil_div(count, 4)))
         grid = (len(ids), ceil_div(count, 4 * block))
+        seed, ids, row = seed.contiguous(), ids.contiguous(), row.contiguous()
         each = int(seed.numel() > 1), int(row.numel() > 1)
         warps = max(1, block // 128)
-        normals_kernel[grid](out, seed, ids, row, count, *each, STREAM=stream, BLOCK=block, num_warps=warps)
+        with torch.cuda.device_of(ids):
+            normals_kernel[grid](
+                out, seed, ids, row, count, *each, STREAM=stream, BLOCK=block, num_warps=warps
+            )
     return out
 
 
@@ -167,7 +171,7 @@ def normals(
     """
     if not isinstance(row, torch.Tensor):
         row = torch.full_like(seed, row)
-    too_long = f"count must be below 2^31, got {count}" if count >= 2**31 else None
+    too_long = f"count must be at most 2^26, got {count}" if count > 2**26 else None
     if choose("philox", impl, [ids], too_long) == "triton":
         return op(seed, ids, count, row, stream)
     return reference(seed, ids, count, row, stream)

@@ -8,9 +8,10 @@ holds the weights of up to six sums over them (``CONVERT .. V``):
     x'  = w_x . sources      y' = w_y . sources
     <u, u>, <u, v>, <v, v>                       of u = w_u . sources and v = w_v . sources, one of each a sample
 
-so a guidance blend, a change of parametrisation, a multistep or Runge-Kutta combination and fresh noise are one read of
-what is there and one write of what comes. Rows and lanes are counters on the device, one for all or one a sample. Noise
-is drawn by counter (``philox``), so it depends on no block and no batch.
+(x0 and new are made of x, y and the outputs alone), so a guidance blend, a change of parametrisation, a multistep or
+Runge-Kutta combination and fresh noise are one read of what is there and one write of what comes. Rows and lanes are
+counters on the device, one for all or one a sample. Noise is drawn by counter (``philox``): it depends on no block and
+no batch.
 
     >>> import torch
     >>> x, eps = torch.ones(2, 3), torch.full((2, 3), 0.5)
@@ -159,6 +160,10 @@ def step_kernel(
     sums = (nothing, nothing, nothing, nothing, nothing)
 
     x0 = nothing
+    if READ & 1:
+        old = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        sums = _add_to_all(sums, old, w, ok, 0, MASKS, S)
+        x0 = _add(x0, old, w, ok, 0, 0, MASKS, S)
     if (READ >> 1) & 1:
         here = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         sums = _add_to_all(sums, here, w, ok, 1, MASKS, S)
@@ -191,9 +196,6 @@ def step_kernel(
                 held = tl.where(mine == k, new, held)
                 tl.store(stored[k] + at, held, mask=inside)
             sums = _add_to_all(sums, held, w, ok, 3 + k, MASKS, S)
-    if READ & 1:
-        old = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        sums = _add_to_all(sums, old, w, ok, 0, MASKS, S)
     if (READ >> 2) & 1:
         if DRAWS:
             draw = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
@@ -259,6 +261,8 @@ def launch(
     x, y, z = x.contiguous(), y.contiguous(), None if z is None else z.contiguous()
     held = [t if t is None else t.contiguous() for t in history]
     given = [t.contiguous() for t in outputs]
+    row, lane = row.contiguous(), lane.contiguous()
+    seed, ids, limit = (t if t is None else t.contiguous() for t in (seed, ids, limit))
     apart = row.numel() > 1 or lane.numel() > 1 or (limit is not None and limit.numel() > 1)
     count = total // batch
     flat = batch == 1 or not (apart or products or (seed is not None and count % 4))
@@ -358,7 +362,7 @@ def solver_step(
     """
     lane = torch.zeros_like(row[:1]) if lane is None else lane
     arguments = (x, y, history, outputs, table, row, lane, masks, slot, slots, z, seed, ids, limit)
-    if choose("solver_step", impl, [x], unsupported(x, y, history, outputs, table, z)) == "triton":
+    if choose("solver_step", impl, [x], unsupported(x, y, history, outputs, z, table)) == "triton":
         results = (launch if direct(x) else op)(*arguments)
     else:
         results = reference(*arguments)
@@ -378,11 +382,11 @@ def unsupported(
     y: torch.Tensor,
     history: Sequence[torch.Tensor | None],
     outputs: Sequence[torch.Tensor],
-    table: torch.Tensor,
     z: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
 ) -> str | None:
     """Why the kernel does not take this step; None if it does."""
-    for name, t in (("x", x), ("y", y), ("table", table), ("z", z), *(("history", h) for h in history)):
+    for name, t in (("x", x), ("y", y), ("z", z), ("table", table), *(("history", h) for h in history)):
         if t is not None and t.dtype != torch.float32:
             return f"{name} must be float32, got {t.dtype}"
     for t in outputs:
@@ -390,8 +394,10 @@ def unsupported(
             return f"outputs must be float32, bfloat16 or float16, got {t.dtype}"
     if not 1 <= len(outputs) <= 3:
         return f"outputs must be one to three, got {len(outputs)}"
-    if x.numel() >= 2**31:
-        return f"x must have fewer than 2^31 elements, got {x.numel()}"
+    if x.numel() > 2**30:
+        return f"x must have at most 2^30 elements, got {x.numel()}"
+    if x.numel() > len(x) * 2**26:
+        return f"a sample must have at most 2^26 elements, got {x.numel() // len(x)}"
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, y, z, *history, *outputs)
     ):
@@ -416,7 +422,7 @@ def _case(
     two: bool = False,
     unwritten: int | None = None,
 ) -> Any:
-    """A step that reads all it can: ``two`` registers, samples ``apart`` in row, lane and slot, a slot ``unwritten``."""
+    """A step that reads all it can: from ``two`` registers, samples ``apart`` in row, lane and slot, noise or ``z``."""
     rows, lanes, sources = 5, 2, HISTORY + held + outputs
     slot = (APART if apart and held else NOWHERE) if slot is None else slot
 
@@ -433,7 +439,7 @@ def _case(
 
         x = one(0)
         everything = (1 << sources) - 1 - (0 if two else 1 << Y) - (0 if draws or z else 1 << Z)
-        network = everything & ~((1 << HISTORY + held) - 1) | 1 << Y
+        network = everything & ~((1 << HISTORY + held) - 1) | (1 << Y if two else 1 << X)
         if clips:  # one x0 in the place of the outputs
             everything = everything & ((1 << HISTORY + held + 1) - 1)
         written = (

@@ -14,11 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from ..models.denoiser import Denoiser
 from ..models.paths import coefficient
-from .noise import STEP, check_ids, normal
+from . import fused
+from .fused import Clip
+from .noise import STEP, Seed, check_ids, normal
 from .plan import HISTORY, Gathered, Plan, Row, Terms, X, joined
 from .table import Table
 
@@ -45,6 +48,7 @@ class Info(NamedTuple):
     outputs: tuple[torch.Tensor, ...]
     denoiser: Denoiser
     transformed: torch.Tensor | None = None
+    clip: Clip | None = None
 
     @property
     def sigma(self) -> float | torch.Tensor:
@@ -63,7 +67,7 @@ class Info(NamedTuple):
         answer = self.y * coefficient(p, self.y)
         for q, output in zip(qs, self.outputs, strict=True):
             answer = answer + coefficient(q, self.y) * output.to(self.y.dtype)
-        return answer
+        return answer if self.clip is None else self.clip(answer)
 
     @property
     def finite(self) -> torch.Tensor:
@@ -76,7 +80,7 @@ def init(
     noise: torch.Tensor,
     ids: torch.Tensor | None = None,
     lane: int | torch.Tensor = 0,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> State:
     """The opening state from standard normal ``noise`` (B, ...); the state is float32 unless the noise is float64."""
     table = table.table if isinstance(table, Plan) else table
@@ -95,20 +99,19 @@ def init(
     batch, device = noise.shape[0], noise.device
     ids = torch.arange(batch, device=device) if ids is None else check_ids(ids, batch).to(device)
     lane = _check_lane(lane, table.lanes, batch)
-    a, c = (
-        torch.as_tensor(table.a[0].sum(-1)),
-        torch.as_tensor(table.c[0].copy()),
-    )  # both registers hold the noise
+    a, c = table.a[0].sum(-1), table.c[0]  # both registers hold the noise
     z = normal(seed, ids, noise.shape[1:], 0, STEP, noise.dtype) if c.any() else None
     registers = []
     for out in (0,) if joined(table)[0] else (0, 1):
-        value = noise * _per_sample(a[:, out][lane], noise)
-        registers.append(value if z is None else value + z * _per_sample(c[:, out][lane], noise))
+        value = noise * _per_sample(a[:, out], lane, noise)
+        registers.append(value if z is None else value + z * _per_sample(c[:, out], lane, noise))
     return State(registers[0], registers[-1], (None,) * table.slots, 0, ids)
 
 
-def _per_sample(value: torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
-    return float(value) if value.ndim == 0 else coefficient(value.to(like.device), like)
+def _per_sample(values: np.ndarray, lane: int | torch.Tensor, like: torch.Tensor) -> float | torch.Tensor:
+    if isinstance(lane, int):
+        return float(values[lane])
+    return coefficient(torch.as_tensor(values.copy())[lane].to(like.device), like)
 
 
 def _check_lane(lane: int | torch.Tensor, lanes: int, batch: int) -> int | torch.Tensor:
@@ -133,7 +136,7 @@ def step(
     state: State,
     *,
     cond: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     lane: int | torch.Tensor = 0,
     transform: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor] | None = None,
     z: torch.Tensor | None = None,
@@ -158,7 +161,7 @@ def step(
 def _call(
     d: Denoiser, plan: Plan, state: State, row, t, cond: Mapping, transform
 ) -> tuple[Info, tuple[torch.Tensor, ...]]:
-    """The network's answer, and what the row's weights are for: its outputs, or an x0 of ours."""
+    """The network's answer, and what the row is made of: its outputs (``info.clip``: yet to be clipped), or our x0."""
     outputs = d.raw(state.y, t, **cond) if plan.affine else (d(state.y, t, **cond),)
     for output in outputs:
         if output.shape != state.y.shape:
@@ -168,6 +171,8 @@ def _call(
     info = Info(row, t, state.y, outputs, d)
     if transform is None:
         return info, outputs
+    if isinstance(transform, Clip) and plan.affine and fused.takes(state, outputs):
+        return info._replace(clip=transform), outputs
     x0 = transform(info.x0, t)
     if x0.shape != state.y.shape:
         raise ValueError(
@@ -177,20 +182,31 @@ def _call(
 
 
 def _step_together(
-    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane: int, transform, z
+    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: Seed, lane: int, transform, z
 ) -> tuple[State, Info]:
     row = plan.row(state.row, lane, transform is not None)
     info, outputs = _call(d, plan, state, state.row, row.t, cond, transform)
-    if z is None and row.draws:
-        z = normal(seed, state.ids, state.x.shape[1:], state.row + 1, STEP, state.x.dtype)
-    return apply(row, state, outputs, z), info
+    return apply(row, state, outputs, z, seed, info.clip), info
 
 
-def apply(row: Row, state: State, outputs: tuple[torch.Tensor, ...], z: torch.Tensor | None = None) -> State:
+def apply(
+    row: Row,
+    state: State,
+    outputs: tuple[torch.Tensor, ...],
+    z: torch.Tensor | None = None,
+    seed: Seed = 0,
+    clip: Clip | None = None,
+) -> State:
     """What follows a network call that gave ``outputs``: for whoever called the network himself.
 
-    ``row`` is ``plan.row(state.row)``; ``z`` is the row's fresh noise, needed where ``row.draws``.
+    ``row`` is ``plan.row(state.row)``; ``z`` is the row's fresh noise where ``row.draws``, else drawn from ``seed``.
+    ``clip``, where ``fused.takes`` the step: the row is one ``from_x0``, and the outputs' x0 is clipped first.
     """
+    if fused.takes(state, outputs, z):
+        source = "clip" if clip else row.source
+        return fused.step(row.plan, state, row.index, row.lane, outputs, source, z, seed, clip)
+    if z is None and row.draws:
+        z = normal(seed, state.ids, state.x.shape[1:], state.row + 1, STEP, state.x.dtype)
     history = state.d
     sources = [state.x, state.y, z, *history, *outputs]
     if row.slot is not None:
@@ -219,13 +235,17 @@ def _combine(sources: list, terms: Terms) -> torch.Tensor:
 
 
 def _step_apart(
-    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: int, lane, transform, z
+    d: Denoiser, plan: Plan, state: State, cond: Mapping, seed: Seed, lane, transform, z
 ) -> tuple[State, Info]:
     """Samples at rows (and lanes) of their own: the same sums in the same order, every weight one a sample."""
     batch, device, dtype = state.x.shape[0], state.x.device, state.x.dtype
-    index = torch.as_tensor(state.row, device=device).expand(batch)
-    row = plan.gather(index, torch.as_tensor(lane, device=device).expand(batch), dtype, transform is not None)
-    info, outputs = _call(d, plan, state, index, row.t, cond, transform)
+    index, lane = (torch.as_tensor(v, device=device).expand(batch) for v in (state.row, lane))
+    info, outputs = _call(d, plan, state, index, plan.times(index, lane), cond, transform)
+    if fused.takes(state, outputs, z):
+        source = "clip" if info.clip else "outputs" if transform is None else "x0"
+        state = state._replace(row=index)
+        return fused.step(plan, state, index, lane, outputs, source, z, seed, info.clip), info
+    row = plan.gather(index, lane, dtype, transform is not None)
     if z is None and plan.draws:
         z = normal(seed, state.ids, state.x.shape[1:], index + 1, STEP, dtype)
     return apply_apart(row, state._replace(row=index), outputs, z, bool(plan.kept.any())), info
@@ -283,7 +303,7 @@ def sample(
     table: Table | Plan,
     *,
     cond: Mapping[str, Any] | None = None,
-    seed: int = 0,
+    seed: Seed = 0,
     ids: torch.Tensor | None = None,
     lane: int | torch.Tensor = 0,
     transform: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor] | None = None,

@@ -8,12 +8,14 @@ where samples differ in row or lane the same weights are gathered, one set a sam
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ..models.denoiser import Denoiser, convert
+from . import fused
 
 if TYPE_CHECKING:
     from .table import Table
@@ -24,7 +26,7 @@ Terms = tuple[tuple[int, float], ...]  # (source, weight) ..
 
 class Row(NamedTuple):
     """One network call and what follows it, for a whole batch: ``new`` goes into ``slot`` (None: nowhere);
-    ``y`` is None where y' = x'."""
+    ``y`` is None where y' = x'. ``plan``, ``index``, ``lane`` and ``source`` say where it comes from."""
 
     t: float
     draws: bool
@@ -32,6 +34,10 @@ class Row(NamedTuple):
     new: Terms
     x: Terms
     y: Terms | None
+    plan: Plan
+    index: int
+    lane: int
+    source: Literal["outputs", "x0"]
 
 
 class Gathered(NamedTuple):
@@ -66,7 +72,11 @@ class Plan:
         self.outputs = q.shape[-1]
         self._weights = {not self.affine: self._folded(p, q)}
         self._rows: dict[tuple[int, int, bool], Row] = {}
-        self._tensors: dict[tuple[torch.dtype, bool], Gathered] = {}
+        self._tensors: dict[tuple[torch.dtype, bool], tuple] = {}
+        # stays float64: it is rounded by whoever knows what the network wants
+        self._t: torch.Tensor | None = None
+        self._fused: dict[tuple[torch.device, str], fused.Rows] = {}
+        self._denoiser = d
 
     def row(self, index: int, lane: int = 0, from_x0: bool = False) -> Row:
         """Call ``index`` (from 0) and what follows it; ``from_x0``: made of an estimate of x0, not of outputs."""
@@ -75,9 +85,9 @@ class Plan:
             new, x, y = (_nonzero(w[index, lane]) for w in self.weights(from_x0))
             draws = any(source == Z for source, _ in (*x, *y))
             slot = int(self.table.slot[index]) if self.kept[index] else None
-            self._rows[key] = Row(
-                float(self.table.t[index, lane]), draws, slot, new, x, None if self.joined[index + 1] else y
-            )
+            y = None if self.joined[index + 1] else y
+            where = (self, index, lane, "x0" if from_x0 else "outputs")
+            self._rows[key] = Row(float(self.table.t[index, lane]), draws, slot, new, x, y, *where)
         return self._rows[key]
 
     def gather(
@@ -86,19 +96,28 @@ class Plan:
         """Calls ``index`` (B,) in lanes ``lane`` (B,), as tensors."""
         if (dtype, from_x0) not in self._tensors:
             new, x, y = (torch.as_tensor(w).to(self.device, dtype) for w in self.weights(from_x0))
-            # t stays float64: it is rounded by whoever knows what the network wants
-            t, slot = (
-                torch.as_tensor(array.copy()).to(self.device) for array in (self.table.t, self.table.slot)
-            )
-            self._tensors[dtype, from_x0] = Gathered(t, slot, new, x, None if self.joined.all() else y)
-        t, slot, new, x, y = self._tensors[dtype, from_x0]
+            slot = torch.as_tensor(self.table.slot.copy()).to(self.device)
+            self._tensors[dtype, from_x0] = (slot, new, x, None if self.joined.all() else y)
+        slot, new, x, y = self._tensors[dtype, from_x0]
         return Gathered(
-            t[index, lane],
+            self.times(index, lane),
             slot[index],
             new[index, lane],
             x[index, lane],
             None if y is None else y[index, lane],
         )
+
+    def fused(self, device: torch.device, source: Literal["outputs", "x0", "clip"]) -> fused.Rows:
+        """All rows on ``device`` as the fused step reads them, uploaded once."""
+        if (device, source) not in self._fused:
+            self._fused[device, source] = fused.rows(self, device, source)
+        return self._fused[device, source]
+
+    def times(self, index: torch.Tensor, lane: torch.Tensor) -> torch.Tensor:
+        """t of calls ``index`` (B,) in lanes ``lane`` (B,), in float64."""
+        if self._t is None:
+            self._t = torch.as_tensor(self.table.t.copy()).to(self.device)
+        return self._t.index_select(0, index).gather(1, lane.unsqueeze(1)).squeeze(1)
 
     def weights(self, from_x0: bool) -> Weights:
         """The weights of every row, in float64."""
@@ -106,11 +125,18 @@ class Plan:
             self._weights[from_x0] = self._folded(*self._conversion(None))
         return self._weights[from_x0]
 
-    def _conversion(self, d: Denoiser | None) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def to_x0(self) -> tuple[np.ndarray, np.ndarray]:
+        """P (R, L) and Q (R, L, m) with  x0 = P y + sum Q_i F_i  in every row, for a denoiser that is affine."""
+        return self._conversion(self._denoiser, ["x0"] * self.table.calls)
+
+    def _conversion(
+        self, d: Denoiser | None, forms: Sequence[str] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """P (R, L) and Q (R, L, m) with  form = P y + sum Q_i F_i  in every row; without ``d``, F is an x0."""
         table = self.table
         p, q = [], []
-        for row, form in enumerate(table.form):
+        for row, form in enumerate(forms or table.form):
             for lane, t in enumerate(table.t[row].tolist()):
                 if d is not None:
                     one_p, one_q = d.affine(t, form)  # type: ignore[misc, arg-type]

@@ -20,6 +20,7 @@ from ..models.paths import Path
 from ..models.scheduler_meaning import family
 from . import grids
 from .catalogue import find, find_grid
+from .fused import Clip
 from .table import Table
 
 SPACINGS = ("leading", "linspace", "trailing")  # diffusers' own; every grid of ours may be named beside them
@@ -85,8 +86,7 @@ def transform(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tenso
 
         return threshold
     if config.get("clip_sample"):
-        reach = config.get("clip_sample_range", 1.0)
-        return lambda x0: x0.clamp(-reach, reach)
+        return Clip(config.get("clip_sample_range", 1.0))
     return None
 
 

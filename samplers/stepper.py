@@ -20,6 +20,8 @@ import torch
 
 from ..models.denoiser import Denoiser, Predicts
 from ..models.paths import Path
+from . import fused
+from .fused import Clip
 from .loop import State, apply, apply_apart
 from .noise import STEP, normal
 from .plan import Gathered, Plan, X, Y
@@ -94,11 +96,15 @@ class Stepper:
         return following
 
     def _step(self, output: torch.Tensor, sample: torch.Tensor, noise: Noise) -> State:
-        row, state = self._rows[self.done], self._taken_in(sample)
-        if self._transform is not None:
+        row, state, clip = self._rows[self.done], self._taken_in(sample), None
+        if isinstance(self._transform, Clip) and fused.takes(state, (output,)):
+            clip = self._transform
+        elif self._transform is not None:
             p, (q,) = self._to_x0[self.done]
             output = self._transform(p * state.y + q * output.to(state.y.dtype))
-        return apply(row, state, (output,), fresh(noise, state) if row.draws else None)
+        if isinstance(noise, int) or not row.draws:
+            return apply(row, state, (output,), None, noise, clip)
+        return apply(row, state, (output,), fresh(noise, state), clip=clip)
 
     def _compiled_step(self, output: torch.Tensor, sample: torch.Tensor, noise: Noise) -> State:
         """The same with weights looked up in tensors: one graph for all rows, where floats would make one a row."""
