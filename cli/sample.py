@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import add_grid, parser_for, solver_options, times_of
+from .model import add_model, told
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGES, VIDEOS = (".png", ".npz", ""), (".png", ".gif", ".npz", "")
 
 
 def main(argv: list[str]) -> int:
@@ -13,91 +20,92 @@ def main(argv: list[str]) -> int:
     parser = parser_for(
         "sample", "Sample a model. Options of the solver (fewstep solvers lists them) are given as flags too."
     )
-    parser.add_argument(
-        "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a diffusers folder"
-    )
+    add_model(parser)
     parser.add_argument("--solver", default="abm", help="fewstep solvers lists them (default: abm)")
     parser.add_argument("--table", type=Path, help="a saved table instead of --solver, --grid and --steps")
     add_grid(parser)
-    parser.add_argument("--num", type=int, default=64, help="number of samples (default: 64)")
+    parser.add_argument("--num", type=int, help="number of samples (default: 64; of a pipeline 4)")
     parser.add_argument(
-        "--batch", type=int, default=256, help="samples at once; changes nothing but memory (default: 256)"
+        "--batch",
+        type=int,
+        help="samples at once; changes nothing but memory (default: 256; of a pipeline 4)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--label", type=int, help="class of all samples (default: every class in turn)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        default=1.0,
-        help="scale of classifier-free guidance: 1 is none, 0 forgets the class (default: 1)",
-    )
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("samples.png"),
-        help=".png, .npz, or a new folder (default: samples.png)",
+        help=".png, .npz, or a new folder, of a video .gif too: 8 bits a channel, rounded (default: samples.png)",
     )
     arguments, rest = parser.parse_known_args(argv)
 
     import torch
 
-    from ..eval import images
-    from ..models import in_blocks, load
-    from ..samplers import Table, catalogue, cfg
+    from ..models import decode
+    from ..models.codec import dealt
+    from ..samplers import Table, catalogue
     from ..samplers import sample as draw
     from ..samplers.noise import starting_noise
 
-    if arguments.num < 1 or arguments.batch < 1:
+    if any(count is not None and count < 1 for count in (arguments.num, arguments.batch)):
         raise ValueError(f"--num and --batch must be positive, got {arguments.num} and {arguments.batch}")
-    if arguments.out.suffix not in (".png", ".npz", ""):
+    if arguments.out.suffix not in VIDEOS:
         raise ValueError(f"--out must end in .png or .npz, or name a folder, got {arguments.out}")
     solver = catalogue.find(arguments.solver)
     if arguments.table is not None and rest:
         raise ValueError(f"--table is a table as it is: it takes no {' '.join(rest)}")
     options = solver_options(solver, rest)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    d = load(arguments.model).to(device)
-    if device.type == "cpu":
-        d = in_blocks(d, 16)  # the same bits whatever --batch and --num
+    d, cond, classes = told(arguments, device, blocks=True)
+    if arguments.out.suffix == ".gif" and len(d.shape) != 4:
+        raise ValueError(
+            f"--out must end in .png or .npz, or name a folder, for pictures: got {arguments.out}"
+        )
     if arguments.table is not None:
         table = Table.load(arguments.table)
     else:
         table = solver(d.path, times_of(d.path, solver, arguments, options), **options)
-    classes = getattr(d.net, "null_label", None)  # the label after the last class
-    if arguments.label is not None and not (classes and 0 <= arguments.label < classes):
-        raise ValueError(
-            f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label"
-        )
-    if arguments.guidance != 1:
-        if not classes:
-            raise ValueError(f"--guidance needs a model of classes, and {arguments.model} has none")
-        d = cfg(d, arguments.guidance)
+    pipeline = d.codec is not None
+    num, batch = arguments.num or (4 if pipeline else 64), arguments.batch or (4 if pipeline else 256)
+    bar = pipeline and sys.stderr.isatty()
     plan = table.on(d, device)
     made, labels = [], []
-    for first in _progress(range(0, arguments.num, arguments.batch)):
-        ids = torch.arange(first, min(first + arguments.batch, arguments.num), device=device)
-        label = ids % classes if classes else ids
-        if arguments.label is not None:
-            label = torch.full_like(ids, arguments.label)
-        cond = {"label": label} if classes else {}
+    for first in _progress(range(0, num, batch)):
+        ids = torch.arange(first, min(first + batch, num), device=device)
+        mine = None if cond is None else dealt(cond, ids)
         noise = starting_noise(arguments.seed, ids, d.shape)
-        made.append(draw(d, noise, plan, cond=cond, seed=arguments.seed, ids=ids).cpu())
-        labels.append(label.cpu())
-    pictures = images.to_uint8(torch.cat(made))
-    if arguments.out.suffix == ".png":
-        columns = 10 if classes and arguments.label is None else None
-        images.save_png(
-            arguments.out, images.grid(pictures, columns=columns, scale=max(1, 32 // pictures.shape[-1]))
-        )
-    elif arguments.out.suffix == ".npz":
-        images.save_npz(arguments.out, pictures, torch.cat(labels) if classes else None)
+        x = draw(d, noise, plan, cond=mine, seed=arguments.seed, ids=ids, progress=bar)
+        made.append(decode(d, x).cpu())
+        labels.append(mine["label"].cpu() if classes else ids.cpu())
+    samples = torch.cat(made)
+    if samples.ndim == 5:
+        _save_videos(arguments.out, samples)
     else:
-        images.save_folder(arguments.out, pictures)
-    print(
-        f"{arguments.num} samples of {arguments.model} by {table.solver}, {table.calls} calls each: {arguments.out}"
-    )
+        columns = 10 if classes and arguments.label is None else None
+        _save_images(arguments.out, samples, torch.cat(labels) if classes else None, columns)
+    print(f"{num} samples of {arguments.model} by {table.solver}, {table.calls} calls each: {arguments.out}")
     return 0
+
+
+def _save_images(out: Path, samples: torch.Tensor, labels: torch.Tensor | None, columns: int | None) -> None:
+    from ..eval import images
+
+    pictures = images.to_uint8(samples)
+    if out.suffix == ".png":
+        images.save_png(out, images.grid(pictures, columns=columns, scale=max(1, 32 // pictures.shape[-1])))
+    elif out.suffix == ".npz":
+        images.save_npz(out, pictures, labels)
+    else:
+        images.save_folder(out, pictures)
+
+
+def _save_videos(out: Path, samples: torch.Tensor) -> None:
+    from ..eval import images, videos
+
+    if out.suffix == ".png":
+        images.save_png(out, videos.contact_sheet(samples))
+    else:
+        {".gif": videos.save_gif, ".npz": videos.save_npz}.get(out.suffix, videos.save_folder)(out, samples)
 
 
 def _progress(steps: range):

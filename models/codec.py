@@ -79,6 +79,15 @@ def _changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return change(value) if isinstance(value, torch.Tensor) and value.ndim else value
 
 
+def dealt(cond: Mapping[str, Any], ids: torch.Tensor) -> dict[str, Any]:
+    """A condition for the samples ``ids``: the rows of every tensor dealt out to all samples in turn, nested ones too.
+
+    >>> dealt({"label": torch.tensor([5, 6, 7]), "more": {"size": torch.ones(1, 2)}}, torch.arange(2, 6))["label"]
+    tensor([7, 5, 6, 7])
+    """
+    return _changed(cond, lambda value: value.to(ids.device)[ids % len(value)])
+
+
 class Codec:
     """An autoencoder of diffusers and a function of prompts; without either it leaves things as they are.
 
@@ -89,6 +98,8 @@ class Codec:
         grid: (rows, columns) of the tokens that latents are packed into, 2 x 2 latents each; None where they are not.
         batch: how many samples the autoencoder sees at once.
         null: the null condition of a model whose conditions are classes, e.g. ``{"label": 1000}``.
+        guidance: the scale that the pipeline guides by where nothing is said.
+        distilled: that scale is a number which the network is told, ``embed("a fox", guidance_scale=3.5)``, not cfg's.
         pipe: whose autoencoder and text encoders these are: ``to`` moves all of it.
     """
 
@@ -99,9 +110,12 @@ class Codec:
         grid: tuple[int, int] | None = None,
         batch: int = 8,
         null: Mapping[str, Any] | None = None,
+        guidance: float = 1.0,
+        distilled: bool = False,
         pipe: Any = None,
     ):
         self.vae, self.grid, self.batch, self.null, self.pipe = vae, grid, batch, null, pipe
+        self.guidance, self.distilled = guidance, distilled
         self._embed = embed
 
     def embed(
@@ -153,6 +167,11 @@ class Codec:
         mean, std, scale = self._moments(y)
         with _in_full(self.vae) as dtype:
             return self.vae.decode((y / scale * std + mean).to(dtype), return_dict=False)[0].float()
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it embeds prompts."""
+        return self._embed is not None
 
     @property
     def _device(self) -> torch.device:

@@ -36,6 +36,7 @@ GUIDANCE = (
     "true_cfg_scale",
     "guidance_scale",
 )  # what switches classifier-free guidance on, the first that there is
+DISTILLED = ("guidance", "timestep_cond")  # keywords of networks that are told a guidance scale
 SIZES = {"height": "height", "width": "width", "frames": "num_frames"}
 
 
@@ -160,6 +161,10 @@ def load_pipeline(pipe: Any, **size: int | None) -> Denoiser:
     embed = functools.partial(_embed, pipe, fixed, switch, asked.shared) if text else None
     d = denoiser_of(pipe, asked)
     d.codec = codec_of(pipe, asked, embed)
+    if d.codec is not None:
+        d.codec.distilled = text and any(name in asked.cond for name in DISTILLED)
+        said = "guidance_scale" if d.codec.distilled else switch
+        d.codec.guidance = float(takes[said].default) if said in takes else 1.0
     return d
 
 
