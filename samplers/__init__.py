@@ -4,6 +4,7 @@ from . import grids
 from .abm import abm
 from .adapters import adapted
 from .blend import Blend
+from .capture import capture
 from .consistency import consistency
 from .ddim import ddim
 from .ddpm import ddpm
@@ -33,7 +34,7 @@ from .unipc import unipc
 from .usf import usf
 
 __all__ = [
-    "Blend", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "cfg", "consistency", "ddim",
+    "Blend", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "capture", "cfg", "consistency", "ddim",
     "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders", "feature_distance",
     "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score",
     "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "starting_noise",
