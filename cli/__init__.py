@@ -23,6 +23,8 @@ VERBS = {
     "search": (".search", "searches a solver for a model at a number of network calls, and saves its table"),
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
+    "kernels": (".kernels", "lists the ops that have a Triton kernel, and who runs them here"),
+    "bench": (".bench", "times every kernel beside torch, torch.compile and the memory's bandwidth"),
     "demo": ("..eval.demo", "samples the embedded teacher with several solvers: a picture and a table"),
 }
 

@@ -92,7 +92,7 @@ def why(device: torch.device | str | None = None) -> tuple[Impl, str]:
     if wanted == "reference":
         return "reference", whose
     if reason is not None:
-        return "reference", reason
+        return "reference", "there is no GPU here" if device.type == "cpu" and available() else reason
     if wanted == "triton":
         return "triton", whose
     return "triton", "TRITON_INTERPRET=1" if interpreting() else "a GPU and Triton are here"
