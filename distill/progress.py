@@ -7,13 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 
 
-def track(total: int, title: str, every: int = 250) -> Iterator[tuple[int, Callable[..., None]]]:
+def track(
+    total: int, title: str, every: int = 250, quiet: bool = False
+) -> Iterator[tuple[int, Callable[..., None]]]:
     """Yield (step, say) for each step; ``say(loss=0.1)`` sets the numbers shown beside it.
 
     >>> for step, say in track(2, "demo", every=2): say(loss=0.5)   # doctest: +SKIP
     demo 2/2 loss=0.5 (0 s)
     """
     shown: dict[str, float] = {}
+    if quiet:
+        yield from ((step, shown.update) for step in range(total))
+        return
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -20,9 +20,10 @@ Recipe = TypeVar("Recipe")
 FOLDER = Path(__file__).parent / "recipes"
 
 
-def names() -> tuple[str, ...]:
-    """The recipes that ship with the package."""
-    return tuple(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+def names(*kinds: str) -> tuple[str, ...]:
+    """The recipes that ship with the package, of the kinds asked for or all."""
+    files = sorted(FOLDER.glob("*.yaml"))
+    return tuple(p.stem for p in files if not kinds or raw(str(p)).get("kind", "denoiser") in kinds)
 
 
 def find(name_or_path: str) -> Path:

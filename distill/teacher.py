@@ -222,7 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fewstep teacher", description="Train a small teacher, or the digit classifier, by a recipe."
     )
-    parser.add_argument("recipe", help=f"{', '.join(recipes.names())}, or a YAML file")
+    parser.add_argument(
+        "recipe", help=f"{', '.join(recipes.names('denoiser', 'classifier'))}, or a YAML file"
+    )
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. steps=500 net.dropout=0.1 out=runs")
     arguments = parser.parse_args(argv)
     try:

@@ -44,11 +44,11 @@ class FDistill:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The running means of the ratio, for a checkpoint."""
-        return {} if self.means is None else self.means._asdict()
+        return (self.means or LevelMeans.start(self.bins))._asdict()
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Back from a checkpoint."""
-        self.means = LevelMeans(**state) if state else None
+        self.means = LevelMeans(**state)
 
     def student_loss(self, players: Players, batch: Batch) -> tuple[torch.Tensor, Numbers]:
         """See the module."""

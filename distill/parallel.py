@@ -1,0 +1,101 @@
+"""One process or many: ranks, averaged gradients, sharded networks. A single process has no process group at all.
+
+``replicate`` keeps a whole copy on each rank and averages gradients; ``fsdp`` shards parameters, gradients and
+optimizer state (FSDP2). Both are started by torchrun, which sets RANK and WORLD_SIZE.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+SHARDS = ("replicate", "fsdp")
+
+
+class Ranks(NamedTuple):
+    """This process among the others."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and prints."""
+        return self.rank == 0
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks; a tensor of its own."""
+        if self.world == 1:
+            return value
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        return value
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+ALONE = Ranks()
+
+
+def start(device: str = "auto") -> Ranks:
+    """Join the group that torchrun made, if it made one."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and world > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return Ranks(rank, world, where)
+
+
+def finish() -> None:
+    """Leave the group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(net: nn.Module, kind: str, ranks: Ranks) -> None:
+    """``net``, in place: as it is (replicate), or sharded over the ranks, each block of its lists on its own (fsdp)."""
+    if kind not in SHARDS:
+        raise ValueError(f"shard must be one of {', '.join(SHARDS)}, got {kind!r}")
+    if kind == "replicate" or ranks.world == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for blocks in net.children():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered, any other as it is; every rank must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
+    """The mean of each gradient over the ranks, in one message; sharded parameters have had theirs already."""
+    gradients = [p.grad for p in parameters if p.grad is not None and not hasattr(p, "full_tensor")]
+    if ranks.world == 1 or not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= ranks.world
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.reshape(gradient.shape))

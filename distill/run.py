@@ -1,0 +1,274 @@
+"""``fewstep distill RECIPE [key=value ...]``: a student from a teacher, resumed by itself where it was.
+
+    fewstep distill dmd2-digits                                   # a recipe by name, or a path
+    fewstep distill fdistill-digits divergence=kl train.iters=500
+    torchrun --nproc_per_node=2 -m fewstep distill dmd2-digits
+
+The folder ``runs/NAME`` holds config.yaml, metrics.jsonl, grids, checkpoints and, at the end, student.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import load, paths
+from ..models.checkpoint import write_atomically
+from ..models.denoiser import Denoiser
+from ..models.load import build
+from . import checkpoints, parallel
+from . import recipe as recipes
+from .data import Data, grid_mixture, open_data
+from .discriminator import discriminator_on
+from .methods.phased import PhasedDMD, phased_student
+from .parallel import Ranks, shard, whole
+from .players import Players
+from .progress import track
+from .schema import DistillRecipe, differences, read
+from .student import Student, few_steps
+from .training import Trainer, warm_up
+from .validation import Exam, draw, modes_found, set_exam
+
+
+def open_teacher(recipe: DistillRecipe) -> Denoiser:
+    """The teacher of a recipe."""
+    if recipe.teacher.path == "mixture":
+        d = grid_mixture().denoiser(paths.by_name(recipe.teacher.on_path))
+        d.shape = (2,)
+        return d
+    return load(recipe.teacher.path)
+
+
+def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> Players:
+    """Student, critic and discriminator for a teacher."""
+    torch.manual_seed(recipe.seed)
+    parent = teacher
+    if recipe.student.net is not None:
+        parent = _of_its_own(recipe, teacher, data)
+    if isinstance(method, PhasedDMD):
+        student = phased_student(parent, recipe.student.steps, method.phases, recipe.student.times)
+    else:
+        s = recipe.student
+        student = few_steps(parent.copy(), s.steps, s.sampler, s.times, s.t_max)
+    critic = parent.copy()
+    gan = getattr(method, "gan", None)
+    if gan is None or not (gan.student or hasattr(method, "divergence")):
+        return Players(teacher, student, critic)
+    if gan.features not in ("critic", "teacher"):
+        raise ValueError(f"method.gan.features must be critic or teacher, got {gan.features!r}")
+    source = critic if gan.features == "critic" else teacher
+    probe = data.batch(_probe(recipe))
+    heads = discriminator_on(source, gan.layers, torch.zeros(2, *data.shape), probe.cond, gan.width)
+    return Players(teacher, student, critic, heads, source)
+
+
+def _probe(recipe: DistillRecipe):
+    from .draws import Draws
+
+    return Draws(recipe.seed, 0, 0, 2, 2)
+
+
+def _of_its_own(recipe: DistillRecipe, teacher: Denoiser, data: Data) -> Denoiser:
+    edm = teacher.path.name == "edm"
+    spread = float(data.batch(_probe(recipe)._replace(count=512, total=512)).real.std())
+    config = {
+        "path": teacher.path.to_config(), "predicts": "x0" if edm else "flow", "precond": "edm" if edm else None,
+        "sigma_data": spread, "shape": list(data.shape), "net": dict(recipe.student.net),
+    }  # fmt: skip
+    parent = build(config)
+    warm_up(parent, teacher, data, recipe.seed, recipe.student.warm_up, 4 * recipe.train.batch)
+    return parent
+
+
+def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Train by a recipe; the run's folder."""
+    recipe, method = read(source, overrides)
+    torch.set_num_threads(recipe.threads)  # sums, and so weights, depend on it
+    ranks = parallel.start(recipe.device)
+    if recipe.train.batch % (ranks.world * recipe.train.accumulate):
+        raise ValueError(
+            f"train.batch = {recipe.train.batch} must be a multiple of ranks x train.accumulate = "
+            f"{ranks.world} x {recipe.train.accumulate}"
+        )
+    folder = recipe.folder
+    _claim(folder, recipe, ranks)
+    teacher = open_teacher(recipe)
+    data = open_data(recipe.data, teacher)
+    players = cast(recipe, method, teacher, data)
+    for net in _networks(players):
+        shard(net.to(ranks.device), recipe.shard, ranks)
+    found = checkpoints.newest(folder / "checkpoints")
+    fresh_critic = players.critic.copy() if getattr(method, "phases", 1) > 1 else None
+    method.phase = _phase(method, recipe, _step(found))
+    trainer = Trainer(recipe, method, players, data, ranks)
+    if found is not None:
+        state = trainer.state()
+        checkpoints.load(found, state)
+        trainer.load_state(state)
+    if ranks.first:
+        _drop_after(folder, trainer.iteration)
+    exam = set_exam(teacher, data, recipe.report.exam)
+    best = _best(folder)
+    for index, say in track(
+        recipe.train.iters, recipe.name, every=recipe.report.validate, quiet=not ranks.first
+    ):
+        if index < trainer.iteration:
+            continue
+        phase = _phase(method, recipe, index)
+        if phase != method.phase:
+            trainer.next_phase(phase, fresh_critic.copy())
+        numbers = trainer.turn()
+        say(**{k: numbers[k] for k in ("loss", "critic") if k in numbers})
+        best = _report(trainer, folder, exam, numbers, best)
+    _finish(trainer, folder, exam)
+    return folder
+
+
+def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
+    """Refuse a folder whose config is another; write ours where there is none."""
+    from omegaconf import OmegaConf
+
+    config = folder / "config.yaml"
+    if config.is_file():
+        changed = differences(OmegaConf.to_container(OmegaConf.load(config)), asdict(recipe))
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another config; give this one another name=, or remove the folder:\n  "
+                + "\n  ".join(changed)
+            )
+    if ranks.first:
+        write_atomically(config, OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))))
+    ranks.wait()
+
+
+def _networks(players: Players) -> list[torch.nn.Module]:
+    experts = getattr(players.student.d, "experts", [players.student.d])
+    denoisers = [players.teacher, players.critic, *experts]
+    return [d.net for d in denoisers if d is not None and d.net is not None] + [
+        heads for heads in (players.discriminator,) if heads is not None
+    ]
+
+
+def _phase(method: Any, recipe: DistillRecipe, iteration: int) -> int:
+    """Phases have equal shares of the iterations; methods of one phase are always in it."""
+    phases = getattr(method, "phases", 1)
+    return min(phases - 1, iteration * phases // recipe.train.iters)
+
+
+def _step(checkpoint: Path | None) -> int:
+    """The iteration that was the checkpoint's last: its state is that iteration's, phase and all."""
+    if checkpoint is None:
+        return 0
+    return max(0, json.loads((checkpoint / checkpoints.MANIFEST).read_text())["step"] - 1)
+
+
+def _drop_after(folder: Path, iteration: int) -> None:
+    """An interrupted run may have logged beyond its last checkpoint."""
+    kept = [line for line in _metrics(folder) if line["iteration"] <= iteration]
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _best(folder: Path) -> tuple[float, int | None]:
+    lines = _metrics(folder)
+    marked = [(line["main"], line["iteration"]) for line in lines if "main" in line]
+    return min(marked, default=(float("inf"), None))
+
+
+def _metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _report(
+    trainer: Trainer, folder: Path, exam: Exam, numbers: dict[str, float], best: tuple[float, int | None]
+) -> tuple[float, int | None]:
+    report, iteration = trainer.recipe.report, trainer.iteration
+    last = iteration == trainer.recipe.train.iters
+    line: dict[str, Any] = {"iteration": iteration, **numbers, "bad": trainer.bad}
+    if iteration % report.validate == 0 or last:
+        with trainer.averaged():
+            made = trainer.players.student.sample(exam.noise, exam.cond)
+            line |= exam.mark(made)
+            if len(trainer.data.shape) == 1:
+                line["modes"] = modes_found(made)
+            if trainer.ranks.first and (iteration % report.grid == 0 or last):
+                draw(folder / "grids" / f"{iteration:08d}.png", made, exam)
+        best = min(best, (line["main"], iteration))
+    if trainer.ranks.first:
+        _log(folder, line)
+    if iteration % report.checkpoint == 0 or last:
+        about = {"main": line.get("main"), "recipe": trainer.recipe.name}
+        checkpoints.save(folder / "checkpoints", iteration, trainer.state(), about, trainer.ranks)
+        if trainer.ranks.first:
+            checkpoints.tidy(folder / "checkpoints", report.keep, best[1])
+    return best
+
+
+def _log(folder: Path, line: dict[str, Any]) -> None:
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _finish(trainer: Trainer, folder: Path, exam: Exam) -> None:
+    from ..models import checkpoint
+
+    student: Student = trainer.players.student
+    with trainer.averaged():
+        tensors = {k: whole(v.detach()).clone() for k, v in student.d.net.state_dict().items()}
+    if not trainer.ranks.first:
+        return
+    meta = {"kind": "student", "recipe": asdict(trainer.recipe), "times": student.table.times.tolist(),
+            "solver": student.table.solver, "calls": student.calls}  # fmt: skip
+    checkpoint.write(folder / "student.safetensors", tensors, meta)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fewstep distill RECIPE [key=value ...]``."""
+    parser = argparse.ArgumentParser(
+        prog="fewstep distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help=f"{', '.join(recipes.names('distill'))}, or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. train.iters=500 optim.lr=1e-4 out=runs")
+    parser.add_argument("--print-config", action="store_true", help="print the whole recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, make one turn, write nothing"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.print_config:
+        from omegaconf import OmegaConf
+
+        print(
+            OmegaConf.to_yaml(OmegaConf.create(asdict(read(arguments.recipe, arguments.overrides)[0]))),
+            end="",
+        )
+        return 0
+    if arguments.dry_run:
+        return _dry_run(arguments.recipe, arguments.overrides)
+    try:
+        folder = run(arguments.recipe, arguments.overrides)
+    finally:
+        parallel.finish()
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(folder)
+    return 0
+
+
+def _dry_run(source: str, overrides: Sequence[str]) -> int:
+    recipe, method = read(source, overrides)
+    teacher = open_teacher(recipe)
+    data = open_data(recipe.data, teacher)
+    players = cast(recipe, method, teacher, data)
+    trainer = Trainer(recipe, method, players, data)
+    numbers = trainer.turn()
+    size = sum(p.numel() for p in players.student.d.net.parameters())
+    times = players.student.table.times
+    print(f"{recipe.name}: a student of {size} parameters, {players.student.calls} calls at {times}")
+    print("  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
+    return 0

@@ -1,0 +1,146 @@
+"""What a distillation recipe may say, as dataclasses that OmegaConf checks; a method's options are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import recipe as recipes
+from .data import DataRecipe
+from .methods import METHODS
+
+
+@dataclass
+class TeacherChoice:
+    """``path``: what ``load`` takes, or ``mixture``: an exact one, on ``on_path`` (edm, vp_linear, flow)."""
+
+    path: str = "digits-edm"
+    on_path: str = "edm"
+
+
+@dataclass
+class StudentRecipe:
+    """``steps`` calls by ``sampler`` (sde: fresh noise between them; ode), or at given ``times``; ``t_max``: the first.
+
+    ``net``: a network of its own instead of a copy of the teacher's (``type`` and its config), for teachers that have
+    none; it is then warmed up for ``warm_up`` iterations on the teacher's own answers, and so is the critic.
+    """
+
+    steps: int = 1
+    sampler: str = "sde"
+    times: list[float] | None = None
+    t_max: float | None = None
+    net: dict[str, Any] | None = None
+    warm_up: int = 0
+
+
+@dataclass
+class Optim:
+    """AdamW for both; ``clip`` is of the gradient's norm. The rate does not decay, so a run can be prolonged."""
+
+    lr: float = 2e-4
+    critic_lr: float = 4e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip: float = 10.0
+    warmup: int = 0
+
+
+@dataclass
+class Train:
+    """``iters`` student updates, ``critic_steps`` of the critic before each; ``ema`` counts student updates.
+
+    ``accumulate``: parts that a batch is cut into; ``precision``: fp32 or bf16 (autocast over float32 weights).
+    ``bad_limit``: so many non-finite losses are skipped and counted, then the run stops.
+    """
+
+    iters: int = 200
+    batch: int = 128
+    critic_steps: int = 5
+    accumulate: int = 1
+    precision: str = "fp32"
+    ema: float = 0.99
+    bad_limit: int = 20
+
+
+@dataclass
+class Report:
+    """Every so many iterations; ``exam``: held-out samples; ``keep``: checkpoints besides the best."""
+
+    validate: int = 50
+    checkpoint: int = 50
+    grid: int = 100
+    exam: int = 1000
+    keep: int = 2
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass
+class DistillRecipe:
+    """A distillation: who teaches, how the student samples, which method, and what for."""
+
+    kind: str = "distill"
+    name: str = "run"
+    teacher: TeacherChoice = field(default_factory=TeacherChoice)
+    student: StudentRecipe = field(default_factory=StudentRecipe)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    report: Report = field(default_factory=Report)
+    shard: str = "replicate"
+    device: str = "auto"
+    threads: int = 2
+    seed: int = 0
+    out: str = "runs"
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.out) / self.name
+
+
+# What may change between a run and its resumption: how long, how it reports, where it runs.
+FREE = ("train.iters", "report", "out", "device", "threads")
+
+
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[DistillRecipe, Any]:
+    """(recipe, method): the method's options are checked by its own dataclass.
+
+    >>> recipe, method = read("dmd2-digits", ["method.guidance=1.5"])
+    >>> method.guidance
+    1.5
+    """
+    short = [f"method.{item}" if item.startswith("divergence=") else item for item in overrides]
+    recipe = recipes.read(source, DistillRecipe, short)
+    if recipe.kind != "distill":
+        raise ValueError(f"kind must be distill, got {recipe.kind!r}: it is a recipe for another command")
+    options = dict(recipe.method)
+    name = options.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}")
+    method = recipes.read(options, METHODS[name])
+    recipe.method = {"name": name, **asdict(method)}
+    return recipe, method
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], inside: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for what differs and may not.
+
+    >>> differences({"seed": 0, "train": {"iters": 5}}, {"seed": 1, "train": {"iters": 9}})
+    ['seed: 0 -> 1']
+    """
+    lines = []
+    for key in sorted({*old, *new}):
+        name = f"{inside}{key}"
+        if name in FREE:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{name}.")
+        elif a != b:
+            lines.append(f"{name}: {a} -> {b}")
+    return lines

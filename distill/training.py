@@ -1,0 +1,209 @@
+"""The trainer: turns of critic and student, averages, validation, checkpoints that resume to the bit.
+
+A turn's random numbers follow from its number (``draws``), so the state of a run is its networks, optimizers, the
+average, the method's own tensors and one integer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.denoiser import Denoiser
+from .data import Data
+from .draws import Draws
+from .parallel import ALONE, Ranks, average_gradients, whole
+from .players import Players, frozen
+from .schema import DistillRecipe
+
+
+class BadBatches(RuntimeError):
+    """More non-finite losses than the recipe allows."""
+
+
+class Trainer:
+    """One run's moving parts. ``turn(iteration)`` is a student update with the critic's before it."""
+
+    def __init__(
+        self, recipe: DistillRecipe, method: Any, players: Players, data: Data, ranks: Ranks = ALONE
+    ):  # noqa: B008
+        self.recipe, self.method, self.data, self.ranks = recipe, method, data, ranks
+        self.iteration, self.bad = 0, 0
+        self._take_up(players)
+
+    def _take_up(self, players: Players) -> None:
+        self.players, optim = players, self.recipe.optim
+        self._student_turn = nn.ModuleList(self._trained())
+        self._critic_turn = nn.ModuleList(players.critic_modules())
+        for module in (self._student_turn, self._critic_turn):
+            module.train().requires_grad_(True)
+        self.optimizers = tuple(
+            torch.optim.AdamW(
+                module.parameters(), lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay
+            )
+            for module, lr in ((self._student_turn, optim.lr), (self._critic_turn, optim.critic_lr))
+        )
+        self.average = [p.detach().clone() for p in self._student_turn.parameters()]
+
+    def next_phase(self, phase: int, critic: Denoiser) -> None:
+        """The expert in training keeps its averaged weights and is frozen; the next one and a fresh critic begin."""
+        with torch.no_grad():
+            for p, mean in zip(self._student_turn.parameters(), self.average, strict=True):
+                p.copy_(mean)
+        self._student_turn.eval().requires_grad_(False)
+        self.method.phase = phase
+        self._take_up(self.players._replace(critic=critic))
+
+    def _trained(self) -> list[nn.Module]:
+        experts = getattr(self.players.student.d, "experts", None)
+        return [self.players.student.d.net] if experts is None else [experts[self.method.phase].net]
+
+    def turn(self) -> dict[str, float]:
+        """One iteration: ``critic_steps`` updates of the critic, one of the student; the numbers it gave."""
+        train = self.recipe.train
+        first = self.iteration * (train.critic_steps + 1)
+        numbers: dict[str, torch.Tensor] = {}
+        for k in range(train.critic_steps):
+            with frozen(self._student_turn):
+                numbers |= self._update(
+                    self.method.critic_loss, first + k, self._critic_turn, self.optimizers[1]
+                )
+        with frozen(self._critic_turn):
+            last = first + train.critic_steps
+            numbers |= self._update(self.method.student_loss, last, self._student_turn, self.optimizers[0])
+        self.iteration += 1
+        weight = max(
+            1 - train.ema, 1 / (self.iteration + 1)
+        )  # a young average forgets the start it was copied from
+        torch._foreach_lerp_(self.average, [p.detach() for p in self._student_turn.parameters()], weight)
+        return {k: float(v) for k, v in numbers.items()}
+
+    def _update(self, loss_of, turn: int, trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        train, ranks = self.recipe.train, self.ranks
+        parts = ranks.world * train.accumulate
+        count = train.batch // parts
+        optimizer.zero_grad(set_to_none=True)
+        numbers: dict[str, torch.Tensor] = {}
+        for part in range(train.accumulate):
+            first = (ranks.rank * train.accumulate + part) * count
+            draws = Draws(self.recipe.seed, turn, first, count, train.batch, ranks.device)
+            half = torch.autocast(ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16")
+            with half:
+                loss, said = loss_of(self.players, self.data.batch(draws))
+            (loss / train.accumulate).backward()
+            for key, value in {"loss": loss.detach(), **said}.items():
+                numbers[key] = numbers.get(key, 0) + value.detach() / train.accumulate
+        parameters = list(trained.parameters())
+        average_gradients(parameters, ranks)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, self.recipe.optim.clip))
+        keys = list(numbers)
+        means = ranks.sum(torch.stack([numbers[key].float() for key in keys])) / ranks.world
+        numbers = dict(zip(keys, means.unbind(), strict=True))
+        if not math.isfinite(float(norm + numbers["loss"])):
+            self._count_bad(turn)
+            optimizer.zero_grad(set_to_none=True)
+            return {}
+        for group in optimizer.param_groups:
+            base = self.recipe.optim.lr if optimizer is self.optimizers[0] else self.recipe.optim.critic_lr
+            group["lr"] = base * min(1.0, (self.iteration + 1) / max(1, self.recipe.optim.warmup))
+        optimizer.step()
+        return numbers
+
+    def _count_bad(self, turn: int) -> None:
+        self.bad += 1
+        if self.bad > self.recipe.train.bad_limit:
+            raise BadBatches(
+                f"{self.bad} losses or gradients were not finite (turn {turn} the last): more than train.bad_limit = "
+                f"{self.recipe.train.bad_limit}; lower optim.lr, or look at the data"
+            )
+
+    def averaged(self):
+        """Inside, the student has its averaged weights."""
+        return swapped(list(self._student_turn.parameters()), self.average)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint must hold, as nested dicts of tensors; loading fills these very tensors."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        names = [name for name, _ in self._student_turn.named_parameters()]
+        return {
+            "student": self.players.student.d.net.state_dict(),
+            "critic": self._critic_turn.state_dict(),
+            "average": dict(zip(names, self.average, strict=True)),
+            "optimizers": {
+                "student": get_optimizer_state_dict(self._student_turn, self.optimizers[0]),
+                "critic": get_optimizer_state_dict(self._critic_turn, self.optimizers[1]),
+            },
+            "method": getattr(self.method, "state", dict)(),
+            "counters": {"iteration": torch.tensor(self.iteration), "bad": torch.tensor(self.bad)},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Back to what ``state`` told, after its tensors were filled."""
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        self.players.student.d.net.load_state_dict(state["student"])
+        self._critic_turn.load_state_dict(state["critic"])
+        for module, optimizer, key in zip(
+            (self._student_turn, self._critic_turn), self.optimizers, ("student", "critic"), strict=True
+        ):
+            set_optimizer_state_dict(module, optimizer, state["optimizers"][key])
+        if hasattr(self.method, "load_state"):
+            self.method.load_state(state["method"])
+        self.iteration, self.bad = (int(state["counters"][k]) for k in ("iteration", "bad"))
+
+
+class swapped:  # noqa: N801 (used as a function)
+    """Exchange the values of two lists of tensors, and back again at the end.
+
+    >>> a, b = [torch.zeros(1)], [torch.ones(1)]
+    >>> with swapped(a, b): inside = a[0].item()
+    >>> inside, a[0].item()
+    (1.0, 0.0)
+    """
+
+    def __init__(self, first: Iterable[torch.Tensor], second: Iterable[torch.Tensor]):
+        self.pairs = list(zip(first, second, strict=True))
+
+    def _exchange(self) -> None:
+        with torch.no_grad():
+            for a, b in self.pairs:
+                kept = a.clone()
+                a.copy_(b)
+                b.copy_(kept)
+
+    def __enter__(self) -> None:
+        self._exchange()
+
+    def __exit__(self, *_) -> None:
+        self._exchange()
+
+
+def warm_up(
+    net: Denoiser, teacher: Denoiser, data: Data, seed: int, iters: int, batch: int, lr: float = 1e-3
+) -> None:
+    """Teach a fresh network the teacher's own estimates, all levels, so that it can stand for a copy of the teacher."""
+    from .levels import Times, time_at
+    from .losses import denoising_loss
+
+    net.net.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(net.net.parameters(), lr=lr)
+    for turn in range(iters):
+        draws = Draws(seed ^ 0x5EED, turn, 0, batch, batch)
+        made = data.batch(draws)
+        t = time_at(Times("karras"), teacher.path, draws.stratified("level"))
+        x_t = teacher.path.add_noise(made.real, t, draws.normal("forward", data.shape))
+        with torch.no_grad():
+            wanted = teacher(x_t, t, **made.cond)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * turn / iters))
+        loss = denoising_loss(
+            net(x_t, t, **made.cond), wanted, net.path.alpha(t), net.path.sigma(t), "edm", net.sigma_data
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

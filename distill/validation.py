@@ -1,0 +1,125 @@
+"""What a student is worth, measured on samples: its distance to the teacher and to the data, never its loss.
+
+Images are compared by the Frechet and the kernel distance of features: the digit classifier's for 8x8 digits, pixels
+themselves for anything else that is small. Points are compared by MMD and sliced Wasserstein, and by the modes found.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..eval.frechet import frechet_distance
+from ..eval.kid import kernel_distance
+from ..eval.mmd import rbf_mmd
+from ..eval.sliced import sliced_wasserstein
+from ..models.denoiser import Denoiser
+from ..samplers import abm, grids, sample
+from .data import STD, Data, grid_means
+from .draws import Draws
+
+
+class Exam(NamedTuple):
+    """The held-out noise and conditions of a run, what the teacher makes of them, and how samples are compared."""
+
+    noise: torch.Tensor
+    cond: Mapping[str, Any]
+    teacher: torch.Tensor
+    real: torch.Tensor | None
+    compare: Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
+
+    def mark(self, x: torch.Tensor) -> dict[str, float]:
+        """Distances of samples to the teacher's and to real ones; ``main`` is the one that runs are chosen by."""
+        to_teacher = self.compare(x, self.teacher)
+        numbers = {f"teacher_{k}": v for k, v in to_teacher.items()}
+        if self.real is not None:
+            numbers |= {f"data_{k}": v for k, v in self.compare(x, self.real).items()}
+        return {"main": next(iter(to_teacher.values())), **numbers}
+
+
+def set_exam(teacher: Denoiser, data: Data, count: int = 1000, seed: int = 10_007, calls: int = 40) -> Exam:
+    """``count`` held-out starts; the teacher answers with ``calls`` calls of the solver that we recommend."""
+    draws = Draws(seed, 0, 0, count, count)
+    batch = data.batch(draws)
+    noise = draws.normal("start", data.shape)
+    table = abm(teacher.path, grids.vp(teacher.path, calls))
+    with torch.no_grad():
+        made = torch.cat(
+            [
+                sample(teacher, noise[part], table, cond={k: v[part] for k, v in batch.cond.items()})
+                for part in torch.arange(count).split(500)
+            ]
+        )
+    compare = compare_points if len(data.shape) == 1 else images_by(features_for(data.shape))
+    return Exam(noise, batch.cond, made, batch.real, compare)
+
+
+def features_for(shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The digit classifier's features of 8x8 digits, else pixels."""
+    if shape == (1, 8, 8):
+        from ..models.classifier import load_classifier
+
+        return load_classifier().features
+    return lambda x: x.flatten(1)
+
+
+def images_by(features: Callable[[torch.Tensor], torch.Tensor]):
+    """FD and unbiased KID of features of images in [-1, 1]."""
+
+    def compare(x: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+        a, b = features(x.clamp(-1, 1)), features(reference.clamp(-1, 1))
+        return {"fd": frechet_distance(a, b), "kid": kernel_distance(a, b).value}
+
+    return compare
+
+
+def compare_points(x: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
+    """MMD^2 (unbiased) and sliced W2."""
+    x, reference = x.double(), reference.double()
+    return {"mmd": rbf_mmd(x, reference).value, "sliced_w2": sliced_wasserstein(x, reference)}
+
+
+def modes_found(x: torch.Tensor, least: float = 0.2) -> int:
+    """Modes of the grid mixture that have at least ``least`` of their share of samples within 4 standard deviations.
+
+    >>> modes_found(grid_means().repeat(10, 1))
+    25
+    """
+    distance = torch.cdist(x.double().cpu(), grid_means())
+    near, which = distance.min(dim=1)
+    counts = torch.bincount(which[near < 4 * STD], minlength=distance.shape[1])
+    return int((counts >= least * len(x) / distance.shape[1]).sum())
+
+
+def draw(path: str | os.PathLike, made: torch.Tensor, exam: Exam, rows: int = 10) -> None:
+    """A picture of the same noise through the teacher (above) and the student (below); points as a scatter."""
+    from ..eval import images
+
+    if made.ndim == 2:
+        return _scatter(path, made, exam)
+    both = torch.cat([exam.teacher[:rows], made[:rows]])
+    grid = images.grid(images.to_uint8(both), columns=rows, scale=max(1, 48 // both.shape[-1]))
+    images.save_png(Path(path), grid)
+
+
+def _scatter(path: str | os.PathLike, made: torch.Tensor, exam: Exam) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from ..eval.files import written_aside
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 4), sharex=True, sharey=True, layout="constrained")
+    both = {"teacher": exam.teacher, "student": made}
+    for axis, (title, points) in zip(axes, both.items(), strict=True):
+        axis.plot(*points.T.numpy(), ".", markersize=2)
+        axis.set_title(title)
+        axis.set_aspect("equal")
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png", dpi=100)
+    pyplot.close(figure)

@@ -1,0 +1,195 @@
+"""A run from its recipe: it resumes to the bit, is killed without loss, and two ranks make what one does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.distill import checkpoints
+from fewstep.distill.run import run
+from fewstep.distill.schema import differences, read
+
+TINY = [
+    "student.net.hidden_size=16", "student.net.depth=1", "student.warm_up=4", "train.batch=16", "train.critic_steps=2",
+    "report.exam=64", "report.validate=4", "report.checkpoint=2", "report.grid=1000000", "threads=1",
+]  # fmt: skip
+METHODS = {
+    "dmd2": ["student.steps=2"],
+    "sim": ["method.name=sim"],
+    "phased": ["method={name: phased}", "student.steps=4"],
+    "fdistill": [
+        "method={name: fdistill, divergence: js, gan: {features: critic, layers: [blocks.0], student: 0.1}}"
+    ],
+}
+
+
+def tiny(folder, *more):
+    return run("dmd2-mixture", [*TINY, f"out={folder}", *more])
+
+
+def weights(folder):
+    tensors = load_file(folder / "student.safetensors")
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode() + tensors[name].numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def unbroken(request, tmp_path_factory):
+    options = METHODS[request.param]
+    return options, tiny(tmp_path_factory.mktemp("runs"), "train.iters=6", *options)
+
+
+def test_a_run_that_stopped_at_each_checkpoint_is_the_unbroken_one(unbroken, tmp_path):
+    options, whole = unbroken
+    if "phased" in str(
+        options
+    ):  # its phases are shares of the iterations: it cannot be prolonged, only broken off
+        pytest.skip("see test_killed_at_any_time_nothing_is_lost")
+    for iters in (2, 4, 6):
+        folder = tiny(tmp_path, f"train.iters={iters}", *options)
+    assert weights(folder) == weights(whole)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 7))
+
+
+def test_what_a_run_leaves_behind(unbroken):
+    _, folder = unbroken
+    assert {"config.yaml", "metrics.jsonl", "student.safetensors", "checkpoints"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert all(checkpoints.trouble(c) is None for c in checkpoints.every(folder / "checkpoints"))
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"main", "teacher_mmd", "data_mmd", "modes", "bad"} <= set(last)
+
+
+def command(folder, *options):
+    return [sys.executable, "-m", "fewstep", "distill", "dmd2-mixture", *TINY, f"out={folder}", *options]
+
+
+@pytest.mark.parametrize("method", ["dmd2", "phased"])
+def test_killed_at_any_time_nothing_is_lost(method, tmp_path):
+    options = [*METHODS[method], "train.iters=12"]
+    whole = tiny(tmp_path / "whole", *options)
+    process = subprocess.Popen(command(tmp_path / "killed", *options), stderr=subprocess.DEVNULL)
+    made = tmp_path / "killed/dmd2-mixture/checkpoints/step-00000004"
+    limit = time.monotonic() + 60
+    while not made.exists() and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = tiny(tmp_path / "killed", *options)
+    assert weights(killed) == weights(whole)
+    logged = [json.loads(line)["iteration"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
+    assert logged == list(range(1, 13))
+
+
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before_it(tmp_path):
+    whole = tiny(tmp_path / "whole", "train.iters=6")
+    folder = tiny(tmp_path / "hurt", "train.iters=4")
+    (folder / "student.safetensors").unlink()
+    broken = next((folder / "checkpoints/step-00000004").glob("*.distcp"))
+    broken.write_bytes(broken.read_bytes()[:-7] + b"garbage")
+    with pytest.warns(UserWarning, match="step-00000004 is passed over: .*distcp is not what was written"):
+        tiny(tmp_path / "hurt", "train.iters=6")
+    assert weights(folder) == weights(whole)
+
+
+@pytest.mark.parametrize("shard", ["replicate", "fsdp"])
+def test_two_ranks_make_the_losses_of_one(shard, tmp_path):
+    options = ["train.iters=3", f"shard={shard}"]
+    alone = tiny(tmp_path / "one", *options)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launched = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        *command("x")[1:],
+    ]
+    launched = [w.replace("out=x", f"out={tmp_path / 'two'}") for w in launched]
+    done = subprocess.run([*launched, *options], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = tmp_path / "two/dmd2-mixture"
+    for a, b in zip(*(map(json.loads, (f / "metrics.jsonl").open()) for f in (alone, both)), strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * max(1, abs(a["loss"]))
+    for name, tensor in load_file(alone / "student.safetensors").items():
+        torch.testing.assert_close(load_file(both / "student.safetensors")[name], tensor, rtol=0, atol=5e-4)
+
+
+def test_another_config_in_the_same_folder_is_refused_with_the_difference(tmp_path):
+    tiny(tmp_path, "train.iters=1")
+    with pytest.raises(ValueError, match="another config.*\n  optim.lr: 0.0005 -> 0.1\n  seed: 0 -> 3"):
+        tiny(tmp_path, "train.iters=1", "seed=3", "optim.lr=0.1")
+    assert differences({"out": "a", "report": {"keep": 1}}, {"out": "b", "report": {"keep": 2}}) == []
+
+
+def test_losses_that_are_not_finite_are_skipped_counted_and_at_last_fatal(tmp_path, monkeypatch):
+    from fewstep.distill.methods.dmd2 import DMD2
+    from fewstep.distill.training import BadBatches
+
+    honest = DMD2.student_loss
+
+    def sometimes(self, players, batch):
+        loss, numbers = honest(self, players, batch)
+        return (loss * float("nan"), numbers) if batch.draws.turn // 3 in (1, 2) else (loss, numbers)
+
+    monkeypatch.setattr(DMD2, "student_loss", sometimes)
+    folder = tiny(tmp_path / "some", "train.iters=4")
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["bad"] == 2
+    assert all(torch.isfinite(t).all() for t in load_file(folder / "student.safetensors").values())
+    with pytest.raises(BadBatches, match="train.bad_limit = 1"):
+        tiny(tmp_path / "limit", "train.iters=4", "train.bad_limit=1")
+
+
+def test_accumulating_halves_is_the_whole_batch(tmp_path):
+    one, two = (tiny(tmp_path / str(n), "train.iters=2", f"train.accumulate={n}") for n in (1, 2))
+    for name, tensor in load_file(one / "student.safetensors").items():
+        torch.testing.assert_close(load_file(two / "student.safetensors")[name], tensor, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("method.name=dmd3", "method.name must be one of dmd2, fdistill, sim, phased, got 'dmd3'"),
+        ("method.guidnce=2", "recipe: Key 'guidnce' not in 'DMD2'.*Did you mean: 'guidance'"),
+        ("train.iter=5", "recipe: Key 'iter' not in 'Train'.*Did you mean: 'iters'"),
+        ("train.batch=15", "train.batch = 15 must be a multiple"),
+        ("method.weight=vsd", "weight must be"),
+        ("shard=zero", "shard must be one of replicate, fsdp"),
+        ("teacher.path=digit-edm", "did you mean 'digits-edm'"),
+    ],
+)
+def test_wrong_input_is_named(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        tiny(tmp_path, "train.iters=1", "train.accumulate=2" if "15" in override else "seed=0", override)
+
+
+def test_print_config_and_dry_run_write_nothing(tmp_path, monkeypatch, capsys):
+    from fewstep.distill.run import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["dmd2-mixture", *TINY, "--print-config"]) == 0
+    assert "hidden_size: 16" in capsys.readouterr().out
+    assert main(["dmd2-mixture", *TINY, "--dry-run"]) == 0
+    assert "1 calls" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_recipes_are_read():
+    from fewstep.distill.recipe import names
+
+    assert {"dmd2-digits", "dmd2-mixture"} <= set(names("distill"))
+    for name in names("distill"):
+        assert read(name)[0].name == name
