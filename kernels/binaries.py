@@ -39,7 +39,7 @@ class Reading:
     """What stands in one compiled kernel.
 
     ``tile_loads``: loads in the source of tiles that hold at least 16 bytes a thread; ``wide_loads``: instructions that
-    load 16 bytes or more a thread. Stores likewise. ``spills``: instructions on NVIDIA, registers on AMD.
+    load 16 bytes or more a thread. Stores likewise. ``spills``: instructions on NVIDIA, vector registers on AMD.
     """
 
     kernel: str
@@ -148,7 +148,7 @@ def _read_hip(made: Any) -> dict[str, int]:
     return {
         "registers": field("vgpr_count"),
         "stack": field("private_segment_fixed_size"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "spills": field("vgpr_spill_count"),  # scalar ones go to lanes of vector registers, not to memory
         "fp64": count(r"v_\w+_f64"),
         "wide_loads": count(r"(?:global|buffer|flat)_load_(?:lds_)?dwordx4"),
         "wide_stores": count(r"(?:global|buffer|flat)_store_dwordx4"),

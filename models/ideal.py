@@ -15,11 +15,11 @@ down in its appendix B, and a mixture with one component a row whose covariance 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from ..kernels.mixture_score import mixture_score
 from .denoiser import Denoiser
 from .paths import Path, Times
 
@@ -60,6 +60,7 @@ class IdealDenoiser(Denoiser):
         self._centre = centre.to(dtype)
         self._rows = (rows - centre).to(dtype)  # (N, D); centred, so that the products below cancel less
         self._squares = (self._rows * self._rows).sum(-1)
+        self._counts = torch.tensor([len(rows)], device=rows.device)  # rows of each class; the last: of all
         self.labels = None
         if labels is not None:
             self.labels = torch.as_tensor(labels, device=dataset.device)
@@ -69,23 +70,23 @@ class IdealDenoiser(Denoiser):
                 or (self.labels < 0).any()
             ):
                 raise ValueError(f"labels must be {len(dataset)} whole numbers from 0, one a row of dataset")
+            self._counts = torch.cat([torch.bincount(self.labels), self._counts])
 
     def log_prob(self, x: torch.Tensor, t: Times, label: torch.Tensor | None = None) -> torch.Tensor:
         """log p_t(x): (B,), for x (B, ...) and sigma(t) > 0."""
         tau = self._network_time(x, t)
         if (self.path.sigma(tau) == 0).any():
             raise ValueError("t must lie where sigma > 0: at the clean end a data set has no density")
-        maximum, total, _, counts = self._softmax(x, tau, label)
-        sigma = self.path.sigma(tau)
-        normal = 0.5 * self._rows.shape[1] * torch.log(2 * math.pi * sigma * sigma)
-        return (maximum + total.log() - counts.to(maximum).log() - normal.to(maximum)).to(x.dtype)
+        _, density = self._posterior(x, tau, label)
+        counts = self._counts[-1] if label is None else self._counts[torch.as_tensor(label, device=x.device)]
+        return (density - counts.to(density).log()).to(x.dtype)
 
     def _mean(self, x: torch.Tensor, tau: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        _, total, weighted, _ = self._softmax(x, tau, label)
-        return (self._centre + weighted / total[:, None]).reshape(x.shape).to(x.dtype)
+        mean, _ = self._posterior(x, tau, label)
+        return (self._centre + mean).reshape(x.shape).to(x.dtype)
 
-    def _softmax(self, x: torch.Tensor, tau: torch.Tensor, label: Any):
-        """One pass with a running maximum: max_n l_n, sum e^(l - max), sum e^(l - max) y, and the rows counted."""
+    def _posterior(self, x: torch.Tensor, tau: torch.Tensor, label: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean less the set's, (B, D), and the log of the kept rows' densities, summed: (B,)."""
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}"
@@ -93,35 +94,19 @@ class IdealDenoiser(Denoiser):
         if tau.ndim != 1:
             raise ValueError(f"t must be a number or one a sample, got shape {tuple(tau.shape)}")
         label = self._label(x, label)
-        alpha, sigma = self.path.alpha(tau), self.path.sigma(tau)
-        clean = sigma == 0  # the limit sigma -> 0: all of the mass on the nearest row
-        query = x.flatten(1).to(self._rows) - alpha.to(self._rows)[:, None] * self._centre
-        # -|q - alpha y|^2 / (2 sigma^2) = (alpha q.y - alpha^2 |y|^2/2 - |q|^2/2) / sigma^2
-        precision = 1 / torch.where(clean, 1.0, sigma * sigma)
-        slope = (alpha * precision).to(query)[:, None] * query
-        bend = (0.5 * alpha * alpha * precision).to(query)[:, None]
-        maximum = query.new_full((len(query),), -math.inf)
-        total, weighted = torch.zeros_like(maximum), torch.zeros_like(query)
-        counts = torch.zeros(len(query), dtype=torch.long, device=query.device)
-        for start in range(0, len(self._rows), self.chunk):
-            rows = self._rows[start : start + self.chunk]
-            logits = slope @ rows.mT - bend * self._squares[start : start + self.chunk]
-            if label is not None:
-                kept = (label[:, None] == self.labels[start : start + self.chunk]) | (label[:, None] == -1)
-                logits = logits.masked_fill(~kept, -math.inf)
-                counts = counts + kept.sum(-1)
-            else:
-                counts = counts + len(rows)
-            highest = torch.maximum(maximum, logits.detach().amax(-1))
-            anchor = torch.where(highest == -math.inf, 0.0, highest)  # nothing kept so far: exp(-inf - 0) = 0
-            shrink = torch.where(clean & (highest > maximum), 0.0, (maximum - anchor).exp())
-            weights = (logits - anchor[:, None]).exp()
-            weights = torch.where(clean[:, None], (logits == highest[:, None]).to(weights), weights)
-            total = total * shrink + weights.sum(-1)
-            weighted = weighted * shrink[:, None] + weights @ rows
-            maximum = highest
-        rest = (0.5 * precision).to(query) * (query * query).sum(-1)
-        return maximum - rest, total, weighted, counts
+        alpha, sigma = self.path.alpha(tau).to(self._rows), self.path.sigma(tau).to(self._rows)
+        query = x.flatten(1).to(self._rows) - alpha[:, None] * self._centre
+        labels = None if label is None else self.labels
+        return mixture_score(
+            query,
+            alpha,
+            sigma,
+            self._rows,
+            label=label,
+            labels=labels,
+            squares=self._squares,
+            chunk=self.chunk,
+        )
 
     def _label(self, x: torch.Tensor, label: Any) -> torch.Tensor | None:
         if label is None:

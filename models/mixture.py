@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels.dispatch import choose
+from ..kernels.mixture_score import mixture_score, unsupported
 from .denoiser import Denoiser, Predicts, combination
 from .paths import Path, Times
 
@@ -172,6 +174,8 @@ class GaussianMixture:
     def log_prob(self, x: torch.Tensor, path: Path | None = None, t: Times | None = None) -> torch.Tensor:
         """log p_t(x), (...), for x (..., D) and t a number or (...); without a path, of the mixture itself."""
         flat, alpha, sigma = self._arguments(x, path, t)
+        if (found := self._by_kernel(flat, alpha, sigma)) is not None:
+            return found[1].reshape(x.shape[:-1]).to(x.dtype)
         variance, residual = self._residuals(flat, alpha, sigma)
         return self._logits(variance, residual).logsumexp(-1).reshape(x.shape[:-1]).to(x.dtype)
 
@@ -215,6 +219,8 @@ class GaussianMixture:
                 tau = tau[:1]  # most calls: one log-determinant instead of B
             alpha, sigma = path.alpha(tau).to(self.means), path.sigma(tau).to(self.means)
             flat = x.reshape(len(x), -1).to(self.means)
+            if predicts == "x0" and (found := self._by_kernel(flat, alpha, sigma, label)) is not None:
+                return found[0].reshape(x.shape).to(x.dtype)
             share, pull = self._pulls(flat, alpha, sigma, label)
             if predicts in ("x0", "score"):
                 out = self._x0(flat, alpha, sigma, share, pull) if predicts == "x0" else self._score(pull)
@@ -265,14 +271,31 @@ class GaussianMixture:
         variance, residual = self._residuals(x, alpha, sigma)
         logits = self._logits(variance, residual)
         if label is not None:
-            label = torch.as_tensor(label, device=x.device)
-            if label.shape != x.shape[:1] or (label < -1).any() or (label >= self.components).any():
-                last = self.components - 1
-                raise ValueError(f"label must hold a number from -1 to {last} for each of {len(x)} samples")
+            label = self._checked(label, x)
             kept = (torch.arange(self.components, device=x.device) == label[:, None]) | (label[:, None] == -1)
             logits = logits.masked_fill(~kept, -math.inf)
         share = logits.softmax(-1)[..., None]
         return share, share * residual / variance
+
+    def _by_kernel(self, x, alpha, sigma, label=None):
+        """E[x0 | x] and log p(x) in O(B D) memory, where there is a kernel for it: isotropic, float32, on a GPU."""
+        if self.vectors is not None or self.values.shape[1] != 1:
+            return None
+        fused = {"rows": self.means, "log_weights": self.log_weights, "variances": self.values[:, 0]}
+        fused |= {"x": x, "alpha": alpha.expand(len(x)), "sigma": sigma.expand(len(x))}
+        if choose("mixture_score", None, [x], unsupported(**fused)) == "reference":
+            return None
+        if label is not None:
+            fused["label"] = self._checked(label, x)
+            fused["labels"] = torch.arange(self.components, device=x.device)
+        return mixture_score(**fused)
+
+    def _checked(self, label, x):
+        label = torch.as_tensor(label, device=x.device)
+        if label.shape != x.shape[:1] or (label < -1).any() or (label >= self.components).any():
+            last = self.components - 1
+            raise ValueError(f"label must hold a number from -1 to {last} for each of {len(x)} samples")
+        return label
 
     def _score(self, pull):
         return -self._from_axes(pull)
