@@ -21,10 +21,12 @@ import numpy as np
 import torch
 
 from ..models.denoiser import Denoiser
-from ..models.paths import Path, vp_linear
+from ..models.paths import vp_linear
+from ..samplers.theirs import INDEXED, grid_of, kind_of, prepare
+
+__all__ = ["betas_between", "grid_of", "level", "make", "prepare", "run", "steps_for"]
 
 VE = ("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete", "KDPM2Discrete", "EDMEuler")
-INDEXED = ("DDIM", "DDPM", "PNDM", "LCM", "TCD")
 
 
 class Run(NamedTuple):
@@ -42,11 +44,7 @@ def make(name: str, **options: Any) -> Any:
     kind = getattr(schedulers, name)
     known = inspect.signature(kind.__init__).parameters
     plain = {"clip_sample": False, "thresholding": False}
-    return kind(**{key: value for key, value in plain.items() if key in known}, **options)
-
-
-def _kind(scheduler: Any) -> str:
-    return type(scheduler).__name__.removesuffix("Scheduler")
+    return kind(**{key: value for key, value in plain.items() if key in known} | options)
 
 
 def betas_between(rho_min: float, rho_max: float, count: int = 1000) -> np.ndarray:
@@ -74,22 +72,9 @@ def steps_for(scheduler: Any, calls: int) -> int | None:
     return None
 
 
-def prepare(scheduler: Any, steps: int) -> None:
-    """``set_timesteps``, with everything that the scheduler computes with in float64, before and after."""
-    _widen(scheduler)
-    scheduler.set_timesteps(steps)
-    _widen(scheduler)
-
-
-def _widen(scheduler: Any) -> None:
-    for name, value in list(vars(scheduler).items()):
-        if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and name != "timesteps":
-            setattr(scheduler, name, value.double())
-
-
 def level(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     """(alpha, sigma) of the state that the scheduler now holds, as it believes them to be."""
-    kind = _kind(scheduler)
+    kind = kind_of(scheduler)
     if kind in INDEXED:
         abar = float(scheduler.alphas_cumprod[int(timestep)])
         return abar**0.5, (1 - abar) ** 0.5
@@ -123,7 +108,7 @@ def _estimate(
 
 def _output(scheduler: Any, x: torch.Tensor, x0: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
     """What a network with this estimate of x0 would have answered, as the scheduler wants it."""
-    kind = _kind(scheduler)
+    kind = kind_of(scheduler)
     if kind.startswith("EDM"):
         s = scheduler.config.sigma_data
         total = sigma**2 + s**2
@@ -166,18 +151,3 @@ def run(
     if x is None:
         raise ValueError("steps must leave the scheduler at least one timestep")
     return Run(x, calls, levels)
-
-
-def grid_of(scheduler: Any, path: Path, steps: int) -> np.ndarray:
-    """The scheduler's own grid as times of ``path``: the noise levels of its steps, and where its last one ends."""
-    prepare(scheduler, steps)
-    if _kind(scheduler) in INDEXED:
-        abar = scheduler.alphas_cumprod[scheduler.timesteps.long()].numpy()
-        rho = np.append(np.sqrt((1 - abar) / abar), 0.0)
-    else:
-        rho = scheduler.sigmas.double().numpy()
-        if _kind(scheduler).startswith("FlowMatch") or getattr(scheduler.config, "use_flow_sigmas", False):
-            with np.errstate(divide="ignore"):
-                rho = rho / (1 - rho)
-    rho = rho[np.append(True, np.diff(rho) != 0)]
-    return np.clip(path.time_of_rho(rho), path.t_clean, path.t_max)

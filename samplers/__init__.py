@@ -14,6 +14,7 @@ from .dpmpp import dpm, dpmpp
 from .ersde import ersde
 from .euler import euler
 from .guidance import autoguidance, cfg, rlg
+from .guide import Guide
 from .heun import heun
 from .ipndm import ipndm, ipndm_v
 from .loop import Info, State, init, sample, step, take
@@ -27,6 +28,7 @@ from .rk import rk
 from .sa import sa
 from .sde_dpmpp import sde_dpmpp
 from .search import search
+from .steer import steer
 from .table import Table
 from .teleport import skip, teleport
 from .time_shift import time_shift
@@ -34,11 +36,11 @@ from .unipc import unipc
 from .usf import usf
 
 __all__ = [
-    "Blend", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "capture", "cfg", "consistency", "ddim",
-    "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders", "feature_distance",
-    "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score",
-    "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "starting_noise",
-    "step", "take", "teleport", "time_shift", "unipc", "usf",
+    "Blend", "Guide", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "capture", "cfg",
+    "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders",
+    "feature_distance", "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes",
+    "minority_score", "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "search",
+    "skip", "starting_noise", "steer", "step", "take", "teleport", "time_shift", "unipc", "usf",
 ]  # fmt: skip
 
 

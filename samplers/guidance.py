@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..models.denoiser import Denoiser, Form
 from ..models.paths import Path, Times, coefficient
 from .adapters import adapted
 from .blend import Blend, Composite, Weights, as_time, filled, given, is_zero, null_of, nulled
+from .guide import Guide
 
 Interval = tuple[float, float]
 
@@ -71,13 +72,44 @@ def cfg(
     return Rescaled(guided, float(rescale)) if rescale and not alone else guided
 
 
-def autoguidance(good: Denoiser, bad: Denoiser, scale: float, interval: Interval | None = None) -> Denoiser:
-    """Autoguidance (2406.02507):  (1 - scale) bad + scale good,  a smaller or less trained model as the guide."""
+@overload
+def autoguidance(
+    good: Denoiser, bad: Denoiser, scale: float, interval: Interval | None = None
+) -> Denoiser: ...
+@overload
+def autoguidance(*, bad: Denoiser, scale: float, interval: Interval | None = None) -> Guide: ...
+def autoguidance(
+    good: Denoiser | None = None,
+    bad: Denoiser | None = None,
+    scale: float | None = None,
+    interval: Interval | None = None,
+) -> Denoiser | Guide:
+    """Autoguidance (2406.02507):  (1 - scale) bad + scale good,  a smaller or less trained model as the guide.
+
+    Without ``good`` it is a ``Guide`` for ``steer``.
+    """
+    scale = number("scale", scale)
+    check_denoiser("bad", bad)
+    if good is None:
+        return Guide(lambda d: autoguidance(d, bad, scale, interval))
     check_denoiser("good", good)
     return Blend((bad, good), extrapolation(good.path, scale, interval), names=("bad", "good"))
 
 
-def rlg(base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval | None = None) -> Denoiser:
+@overload
+def rlg(
+    base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval | None = None
+) -> Denoiser: ...
+@overload
+def rlg(base: str, *, scale: float, interval: Interval | None = None) -> Guide: ...
+@overload
+def rlg(*, tuned: Denoiser | str, scale: float, interval: Interval | None = None) -> Guide: ...
+def rlg(
+    base: Denoiser | str | None = None,
+    tuned: Denoiser | str | None = None,
+    scale: float | None = None,
+    interval: Interval | None = None,
+) -> Denoiser | Guide:
     """RL guidance (2508.21016):  (1 - scale) base + scale tuned.
 
     If tuned was made from base under a reward with KL coefficient beta, p_tuned = p_base exp(r / beta) / Z, the scale
@@ -85,6 +117,8 @@ def rlg(base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval 
     are Gaussians of one covariance. Elsewhere the blended scores are not the scores of any noised density, and the
     law is off. For N(0, 1) and N(1, 1/2) at scale 2, where N(4/3, 1/3) is aimed at, the ODE ends at mean 1.62 and
     variance 1/4, ancestral sampling in many steps at 3/2 and 7/24: too far, too narrow.
+
+    Without a base, ``rlg("adapter", scale=1.6)`` or ``rlg(tuned=other, scale=1.6)``, it is a ``Guide`` for ``steer``.
 
     ``tuned`` may be the name of an adapter (LoRA) on ``base``'s network: then the base is that network with its
     adapters off, and no second copy is held (see ``adapted``). With text or class guidance on top, write
@@ -97,6 +131,13 @@ def rlg(base: Denoiser, tuned: Denoiser | str, scale: float, interval: Interval 
     >>> torch.allclose(rlg(base, tuned, 2.5)(x, 0.4), wanted(x, 0.4))
     True
     """
+    scale = number("scale", scale)
+    if tuned is None and isinstance(base, str):
+        base, tuned = None, base
+    if not isinstance(tuned, (str, Denoiser)):
+        raise TypeError(f"tuned must be a Denoiser or the name of an adapter, got {type(tuned).__name__}")
+    if base is None:
+        return Guide(lambda d: rlg(d, tuned, scale, interval))
     check_denoiser("base", base)
     if isinstance(tuned, str):
         base, tuned = adapted(base, None), adapted(base, tuned)

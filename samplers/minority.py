@@ -21,7 +21,7 @@ on noised samples, and sampling follows its gradient, which in a score, an eps o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ from ..models.denoiser import Denoiser, Form, convert
 from ..models.paths import Times, coefficient, vp_linear
 from .blend import Composite, as_time
 from .guidance import check_denoiser, number
+from .guide import Guide
 from .noise import USER, normal
 from .table import Table
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Classifier = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Mode = Literal["score", "mean"]
 
 USUAL_RHO = vp_linear().rho(
     0.6
@@ -122,15 +124,30 @@ def minority_classes(scores: torch.Tensor, classes: int = 100) -> torch.Tensor:
     return rank * classes // len(scores)
 
 
+@overload
 def minority(
     d: Denoiser,
     classifier: Classifier,
     scale: float,
+    target: int = ...,
+    mode: Mode = ...,
+    table: Table | None = ...,
+) -> Denoiser: ...
+@overload
+def minority(
+    *, classifier: Classifier, scale: float, target: int = ..., mode: Mode = ..., table: Table | None = ...
+) -> Guide: ...
+def minority(
+    d: Denoiser | None = None,
+    classifier: Classifier | None = None,
+    scale: float | None = None,
     target: int = -1,
-    mode: Literal["score", "mean"] = "score",
+    mode: Mode = "score",
     table: Table | None = None,
-) -> Denoiser:
+) -> Denoiser | Guide:
     """``d`` guided towards the class ``target`` of a classifier of noised samples. Not affine.
+
+    Without ``d`` it is a ``Guide`` for ``steer``, round a pipeline's own guidance.
 
     Args:
         classifier: (x_t, t) -> logits (B, L), differentiable in x_t; t (B,) are times of the path.
@@ -152,7 +169,6 @@ def minority(
     >>> bool(minority(d, right, 2.0)(torch.zeros(1, 1), 1.0) > 0)
     True
     """
-    check_denoiser("d", d)
     if not callable(classifier):
         raise TypeError(f"classifier must be a function (x_t, t) -> logits, got {type(classifier).__name__}")
     if isinstance(target, bool) or not isinstance(target, int):
@@ -163,7 +179,11 @@ def minority(
         raise ValueError(
             f"table goes with mode='mean' and with nothing else, got mode={mode!r} and table={table!r}"
         )
-    return ClassifierGuided(d, classifier, number("scale", scale), target, table)
+    scale = number("scale", scale)
+    if d is None:
+        return Guide(lambda d: minority(d, classifier, scale, target, mode, table), around="guidance")
+    check_denoiser("d", d)
+    return ClassifierGuided(d, classifier, scale, target, table)
 
 
 class ClassifierGuided(Composite):

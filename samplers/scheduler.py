@@ -168,6 +168,23 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         ``timesteps`` are used as they are, ``sigmas`` are shifted on a flow (Flux passes them so), by ``mu`` where the
         config says so. A table that was given knows its times: then only the number of steps is checked.
         """
+        table = self.table_for(num_inference_steps, sigmas, timesteps, mu)
+        self._forget()
+        self._table, self._stepper = table, self._stepper_of(table).to(device)
+        self.num_inference_steps = table.times.shape[-1] - 1
+        at = table.t[:, 0]
+        self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
+        self.sigmas = self._levels(np.append(at, table.times.reshape(-1)[-1]))
+        self.set_noise(self._noise, self._ids)
+
+    def table_for(
+        self,
+        num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        mu: float | None = None,
+    ) -> Table:
+        """The table that ``set_timesteps`` would run."""
         if self._given is not None:
             if timesteps is not None:
                 raise ValueError("timesteps cannot be given beside a table, which has its own")
@@ -177,17 +194,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"num_inference_steps must be {steps}, the table's own number of steps, got {n}"
                 )
-            table = self._given
-        else:
-            grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
-            table = meaning.build(self.config, self._path, grid)
-        self._forget()
-        self._table, self._stepper = table, self._stepper_of(table).to(device)
-        self.num_inference_steps = table.times.shape[-1] - 1
-        at = table.t[:, 0]
-        self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
-        self.sigmas = self._levels(np.append(at, table.times.reshape(-1)[-1]))
-        self.set_noise(self._noise, self._ids)
+            return self._given
+        grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
+        return meaning.build(self.config, self._path, grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at ``timesteps[begin_index]``: the solver starts there anew, its order rising from one."""
