@@ -174,7 +174,7 @@ def denoiser_of(pipe: Any, asked: Asked) -> Denoiser:
     On a flow with dynamic shifting the path's shift is the one that the pipeline chose for this size.
     """
     net = network(pipe)
-    config = pipe.scheduler.config
+    config = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
     meaning = _meaning(config, asked.schedule.get("mu"))
     steps, own = config.get("num_train_timesteps", 1000), meaning.pop("time", None)
     if asked.clock != "t":
@@ -283,13 +283,14 @@ def _embed(
         raise ValueError(f"{wrong[0]} is chosen when the model is loaded: load(.., {_key(wrong[0])}=..)")
     if unknown := [name for name in options if name not in takes]:
         raise TypeError(f"a {type(pipe).__name__} has no option {unknown[0]!r}")
-    call = {"prompt": prompt if isinstance(prompt, str) or prompt is None else list(texts), **fixed}
+    many = isinstance(prompt, (list, tuple))
+    call = {"prompt": list(texts) if many else prompt, **fixed}
     if switch is not None:
         call[switch] = 1.0 if negative is None else 2.0
     if negative:
         if "negative_prompt" not in takes:
             raise ValueError(f"negative must be '' or None: a {type(pipe).__name__} takes no negative prompt")
-        call["negative_prompt"] = negative
+        call["negative_prompt"] = [negative] * len(texts) if many and isinstance(negative, str) else negative
     asked = _clearly(pipe, call | options)
     if asked.shared != shared:
         raise ValueError(

@@ -165,7 +165,8 @@ class StandIn:
         self.scheduler, self.config, self._answer = scheduler, scheduler.config, answer
         self.schedule: dict[str, Any] = {}
         self.total = int(scheduler.config.get("num_train_timesteps", 1000))
-        whole = not torch.is_floating_point(torch.as_tensor(scheduler.timesteps))
+        times = getattr(scheduler, "timesteps", None)
+        whole = times is not None and not torch.is_floating_point(torch.as_tensor(times))
         self.timesteps = torch.tensor([self.total - 1 if whole else float(self.total)])
         self.sigmas, self.step_index, self.begin_index = torch.tensor([1.0, 0.0]), None, None
 
@@ -283,6 +284,10 @@ def _weights(calls: list[Call], output: torch.Tensor) -> dict[tuple[int, int], f
     """(call, row) -> weight: how the first row of the scheduler's output is made of the answers."""
     channel = slice(None) if output.ndim == 3 else slice(output.shape[1])
     wanted = output[0].flatten()[:ENOUGH].double().cpu()
+    if not wanted.isfinite().all():
+        raise ValueError(
+            "the pipeline made infinities or NaN of its network's answers: is its guidance a number?"
+        )
     keys, columns = [], []
     for index, call in enumerate(calls):
         for row, answer in enumerate(call.answer):
