@@ -17,11 +17,14 @@ import numpy as np
 
 from ..models.paths import Path
 from . import grids
-from .quadrature import VARIABLES
+from .quadrature import VARIABLES, variable_at
 from .table import Table
 from .usf import RULES, SCALES, Step, usf
 
 GAP = 1e-3  # of log-SNR, between two times
+DIGITS = (
+    6  # after the point, of log-SNRs and scales: rounding does not reach them, and a search comes out alike
+)
 CHOICES = {
     "variable": VARIABLES,
     "nodes": (1, 2, 3, 4),
@@ -80,18 +83,87 @@ def handmade(path: Path, calls: int) -> Iterator[tuple[str, Schedule]]:
         solvers[f"UniPC {order}"] = tuple(f"x0 lam {n} bh2 corrector={n}" for n in nodes)
     for solver, steps in solvers.items():
         for grid, times in spacings.items():
-            yield f"{solver} / {grid}", Schedule(tuple(float(v) for v in path.lam(times[1:-1])), steps)
+            lam = tuple(float(v) for v in path.lam(times[1:-1]))
+            yield f"{solver} / {grid}", plain(path, Schedule(lam, steps))
+
+
+@lru_cache(maxsize=64)
+def _alike(path: Path) -> dict[str, str]:
+    """The variable that each one is the same as, or affine to, on the path: the first of its kind."""
+    times = np.linspace(path.t_min, path.t_max, 9)[1:-1]
+    found: dict[str, str] = {}
+    seen: list[tuple[str, np.ndarray]] = []
+    for variable in ("vp", "rho", "lam", "t", "snr"):
+        v = variable_at(path, variable, times)
+        shape = (v - v[0]) / (v[-1] - v[0])
+        found[variable] = next(
+            (name for name, old in seen if np.allclose(shape, old, rtol=0, atol=1e-9)), variable
+        )
+        seen.append((variable, shape))
+    return found
+
+
+def plain(path: Path, schedule: Schedule) -> Schedule:
+    """The same table in the fewest words: of what makes no difference to a step nothing is said.
+
+    Otherwise a search would measure one table under many spellings, and which of them wins would be decided by the
+    rounding of their errors.
+
+    >>> from fewstep.models import paths
+    >>> plain(paths.vp_linear(), Schedule((0.0,), ("eps lam 4 bh1", "x0 t 3 taylor corrector=2 scale=2.0"))).steps
+    ('x0 vp 1', 'x0 vp 2 scale=2.0')
+    """
+    blank = float(path.alpha(path.t_max)) == 0.0  # the first output has no vp, rho or lam to stand at
+    steps = [Step.read(step) for step in schedule.steps]
+    left = {max(i - step.back, 0) for i, step in enumerate(steps)}  # the points that steps are made from
+    made: list[Step] = []
+    for i, step in enumerate(steps):
+        last = i + 1 == len(steps)
+        corrector = min(step.corrector, i + 1) if i + 1 in left else 0
+        if step.form == "eps" and blank and step.back >= i:
+            step, corrector = Step("x0", nodes=1, back=step.back), 0
+        step = replace(step, variable=_alike(path)[step.variable], nodes=min(step.nodes, i + 1),
+                       back=min(step.back, i), corrector=corrector)  # fmt: skip
+        step = replace(step, rule=_rule(step))
+        ruled = step.rule not in ("exact", "taylor")
+        if blank and i and step.variable in ("vp", "rho", "lam") and not ruled:
+            step = replace(step, nodes=min(step.nodes, i))
+        older = ruled and step.nodes == 2 and step.back == 1  # what a rule for two falls back on
+        if last and step.variable in ("lam", "snr") and not older:
+            step = replace(step, nodes=1)
+        if step.nodes == 1:
+            step = replace(step, scale=1.0)
+            if not step.corrector:
+                one_point = not step.back and not (made and made[-1].corrector)  # which has both x0 and eps
+                step = replace(
+                    step, variable="vp", form="x0" if one_point and step.form == "eps" else step.form
+                )
+        made.append(replace(step, rule=_rule(step)))
+    return Schedule(schedule.lam, tuple(map(str, made)))
+
+
+def _rule(step: Step) -> str:
+    """The step's rule, or "exact" where that says the same; ``nodes`` and ``corrector`` are as many as there are."""
+    over = {step.nodes, step.corrector + 1 if step.corrector else 0}
+    if step.rule == "taylor":
+        return "taylor" if max(over) > 2 else "exact"
+    paired = (step.nodes == 2 and step.back <= 1) or (step.corrector == 1 and not step.back)
+    triple = 3 in over
+    if step.rule == "exact" or step.variable != "lam" or not (paired or (triple and step.rule == "shipped")):
+        return "exact"
+    return "bh2" if step.rule == "shipped" and not triple else step.rule
 
 
 def spaced(path: Path, lam: np.ndarray) -> tuple[float, ...]:
     """Log-SNRs put in order, between the limits and apart from one another."""
     low, high = limits(path)
+    high = np.floor(high * 10**DIGITS) / 10**DIGITS
     lam = np.sort(np.clip(lam, low, high))
     for i in range(len(lam)):
         lam[i] = max(lam[i], (lam[i - 1] if i else low) + GAP)
     for i in reversed(range(len(lam))):
         lam[i] = min(lam[i], high if i == len(lam) - 1 else lam[i + 1] - GAP)
-    return tuple(lam.tolist())
+    return tuple(lam.round(DIGITS).tolist())
 
 
 def mutant(path: Path, parent: Schedule, other: Schedule, rng: np.random.Generator) -> Schedule:
@@ -109,7 +181,7 @@ def mutant(path: Path, parent: Schedule, other: Schedule, rng: np.random.Generat
         for _ in range(rng.integers(1, 3)):
             i = int(rng.integers(parent.calls))
             steps[i] = _redecided(path, steps[i], rng)
-    return Schedule(spaced(path, lam), tuple(map(str, steps)))
+    return plain(path, Schedule(spaced(path, lam), tuple(map(str, steps))))
 
 
 def _redecided(path: Path, step: Step, rng: np.random.Generator) -> Step:
@@ -129,7 +201,7 @@ def with_numbers(path: Path, schedule: Schedule, values: np.ndarray) -> Schedule
     """The schedule with other ``numbers``, put inside what is allowed."""
     count = len(schedule.lam)
     steps = [Step.read(step) for step in schedule.steps]
-    for i, scale in zip(_scaled(steps), np.clip(values[count:], *SCALES), strict=True):
+    for i, scale in zip(_scaled(steps), np.clip(values[count:], *SCALES).round(DIGITS), strict=True):
         steps[i] = replace(steps[i], scale=float(scale))
     return Schedule(spaced(path, values[:count]), tuple(map(str, steps)))
 
