@@ -81,7 +81,9 @@ def shard(net: nn.Module, kind: str, ranks: Ranks) -> None:
         if isinstance(blocks, nn.ModuleList):
             for block in blocks:
                 fully_shard(block, mesh=mesh)
-    fully_shard(net, mesh=mesh)
+    # By default the root keeps what it gathered, with the requires_grad of that time: a network frozen in the other's
+    # turn would stay so in its own, in part and without a word.
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
