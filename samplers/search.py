@@ -249,6 +249,9 @@ def _chosen(run: Trials, state: State, scorer: Scorer | None) -> Table:
         found[f"fresh_rmse{suffix}"] = rounded(float(np.sqrt((gap**2).mean())))
         if scorer is not None:
             found[f"metric_value{suffix}"] = value
+    if scorer is not None:
+        table = first.table(run.path)
+        found["first_stage"] = {"steps": table.options["steps"], "times": table.times.tolist()}
     table = winner.table(run.path)
     return replace(table, options={**table.options, "search": {**found, "spent": run.spent}})
 

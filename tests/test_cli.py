@@ -167,12 +167,21 @@ def test_teleport_stats_writes_what_skip_takes(tmp_path, capsys):
         assert code == 2 and message in error
 
 
+def test_a_search_by_a_metric(tmp_path, capsys, monkeypatch):
+    quick = functools.partial(samplers.search, reference=20, metric_batches=3)
+    monkeypatch.setattr(samplers, "search", quick)
+    words = ["digits-vp", "--nfe", 2, "--budget", 520, "--batch", 4, "--out", tmp_path / "found.json"]
+    code, said, _ = run("search", *words, "--metric", "fd", capsys=capsys)
+    assert code == 0 and "its fd is" in said
+    assert samplers.Table.load(tmp_path / "found.json").options["search"]["metric"] == "fd"
+
+
 def test_a_searched_table_is_saved_and_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(samplers, "search", functools.partial(samplers.search, reference=20))  # to be quick
     out = tmp_path / "found.json"
     words = ["digits-flow", "--nfe", 2, "--budget", 400, "--batch", 2, "--out", out]
     code, said, _ = run("search", *words, capsys=capsys)
-    assert code == 0 and "on fresh noise its error is" in said
+    assert code == 0 and "on fresh noise its error is" in said and "its fd is" not in said
     assert [file.name for file in tmp_path.iterdir()] == ["found.json"]
     words = ["sample", "digits-flow", "--table", out, "--num", 2, "--out", tmp_path / "two.png"]
     code, said, _ = run(*words, capsys=capsys)
