@@ -24,7 +24,7 @@ from .cases import Case, randn
 from .dispatch import choose, runs_on
 from .layer_norm_modulate import each, strides
 from .norm_kernels import gate_residual_backward_kernel, gate_residual_kernel
-from .tokens import affine, modulation, precise, result_type, tiles, tokens, unsupported
+from .tokens import modulation, precise, result_type, tiles, tokens, unsupported
 
 Maybe = torch.Tensor | None
 Gradients = tuple[
@@ -266,7 +266,6 @@ def gate_residual_norm(
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``gate_residual`` and ``layer_norm_modulate`` of it, with the arguments of both."""
-    norms.check(scale, shift, weight, bias)
     r, y = _run(x, h, gate, "layer_norm", scale, shift, weight, bias, eps, impl)
     return r, y.view(r.shape)
 
@@ -286,11 +285,10 @@ def _run(
     if h.shape != x.shape:
         raise ValueError(f"h must have x's shape {tuple(x.shape)}, got {tuple(h.shape)}")
     gated = modulation(gate, x, "gate")
-    given = modulation(scale, x, "scale"), modulation(shift, x, "shift")
-    given += (affine(weight, x.shape[-1], "weight"), affine(bias, x.shape[-1], "bias"))
-    reason = unsupported(tokens(x), tokens(h, "h"), gated, *given)
-    run = op if choose("gate_residual", impl, [x], reason) == "triton" else reference
-    r, y = run(tokens(x), tokens(h, "h"), gated, norm, *given, eps)
+    given = norms.modulations(x, scale, shift, weight, bias)
+    x3, h3 = tokens(x), tokens(h, "h")
+    chosen = choose("gate_residual", impl, [x], unsupported(x3, h3, gated, *given))
+    r, y = (op if chosen == "triton" else reference)(x3, h3, gated, norm, *given, eps)
     return r.view(x.shape), y
 
 

@@ -217,23 +217,24 @@ def layer_norm_modulate(
         weight, bias: (C,), of the norm itself; no bias without a weight.
         impl: "triton" or "reference"; by default whichever ``dispatch`` finds.
     """
-    check(scale, shift, weight, bias)
-    given = tokens(x), modulation(scale, x, "scale"), modulation(shift, x, "shift")
-    given += (affine(weight, x.shape[-1], "weight"), affine(bias, x.shape[-1], "bias"))
-    if choose("layer_norm_modulate", impl, [x], unsupported(*given)) == "triton":
-        return op(*given, eps).view(x.shape)
-    return reference(*given, eps).view(x.shape)
+    given = modulations(x, scale, shift, weight, bias)
+    chosen = choose("layer_norm_modulate", impl, [x], unsupported(tokens(x), *given))
+    return (op if chosen == "triton" else reference)(tokens(x), *given, eps).view(x.shape)
 
 
-def check(scale: Maybe, shift: Maybe, weight: Maybe, bias: Maybe) -> None:
-    """Raise ``ValueError`` where one of a pair is there without the other."""
+def modulations(
+    x: torch.Tensor, scale: Maybe, shift: Maybe, weight: Maybe, bias: Maybe
+) -> tuple[Maybe, Maybe, Maybe, Maybe]:
+    """Scale, shift, weight and bias as the kernels take them; ``ValueError`` where they do not fit ``x`` or one another."""
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must both be given or neither")
-    if scale is not None and (scale.dtype, scale.ndim) != (shift.dtype, shift.ndim):
-        one, other = (f"{v.dtype} {tuple(v.shape)}" for v in (scale, shift))
-        raise ValueError(f"scale and shift must be alike, got {one} and {other}")
     if bias is not None and weight is None:
         raise ValueError("bias must come with a weight")
+    s, t = modulation(scale, x, "scale"), modulation(shift, x, "shift")
+    if s is not None and (s.dtype, s.shape) != (t.dtype, t.shape):
+        one, other = (f"{v.dtype} {tuple(v.shape)}" for v in (scale, shift))
+        raise ValueError(f"scale and shift must be alike, got {one} and {other}")
+    return s, t, affine(weight, x.shape[-1], "weight"), affine(bias, x.shape[-1], "bias")
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_dtypes_as_torch_promotes_them():
     [
         (dict(shift=None), "scale and shift must both be given or neither"),
         (dict(scale=torch.zeros(3, 8)), r"scale must be \(2, 8\), \(2, 1, 8\) or \(2, 4, 8\), got \(3, 8\)"),
-        (dict(shift=torch.zeros(2, 1, 8)), "scale and shift must be alike"),
+        (dict(shift=torch.zeros(2, 4, 8)), "scale and shift must be alike"),
         (dict(weight=torch.ones(7)), r"weight must be \(8,\), got \(7,\)"),
         (dict(bias=torch.ones(8)), "bias must come with a weight"),
         (dict(x=torch.zeros(8)), r"x must be floating point \(B, ..., C\), got torch.float32 \(8,\)"),
