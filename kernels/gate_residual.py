@@ -284,11 +284,10 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if h.shape != x.shape:
         raise ValueError(f"h must have x's shape {tuple(x.shape)}, got {tuple(h.shape)}")
-    gated = modulation(gate, x, "gate")
+    first = tokens(x), tokens(h, "h"), modulation(gate, x, "gate")
     given = norms.modulations(x, scale, shift, weight, bias)
-    x3, h3 = tokens(x), tokens(h, "h")
-    chosen = choose("gate_residual", impl, [x], unsupported(x3, h3, gated, *given))
-    r, y = (op if chosen == "triton" else reference)(x3, h3, gated, norm, *given, eps)
+    chosen = choose("gate_residual", impl, [x], unsupported(*first, *given))
+    r, y = (op if chosen == "triton" else reference)(*first, norm, *given, eps)
     return r.view(x.shape), y
 
 

@@ -217,15 +217,15 @@ def layer_norm_modulate(
         weight, bias: (C,), of the norm itself; no bias without a weight.
         impl: "triton" or "reference"; by default whichever ``dispatch`` finds.
     """
-    given = modulations(x, scale, shift, weight, bias)
-    chosen = choose("layer_norm_modulate", impl, [x], unsupported(tokens(x), *given))
-    return (op if chosen == "triton" else reference)(tokens(x), *given, eps).view(x.shape)
+    given = tokens(x), *modulations(x, scale, shift, weight, bias)
+    chosen = choose("layer_norm_modulate", impl, [x], unsupported(*given))
+    return (op if chosen == "triton" else reference)(*given, eps).view(x.shape)
 
 
 def modulations(
     x: torch.Tensor, scale: Maybe, shift: Maybe, weight: Maybe, bias: Maybe
 ) -> tuple[Maybe, Maybe, Maybe, Maybe]:
-    """Scale, shift, weight and bias as the kernels take them; ``ValueError`` where they do not fit ``x`` or one another."""
+    """Scale, shift, weight and bias as kernels take them; ``ValueError`` where they do not fit x or one another."""
     if (scale is None) != (shift is None):
         raise ValueError("scale and shift must both be given or neither")
     if bias is not None and weight is None:
