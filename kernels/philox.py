@@ -32,12 +32,15 @@ def philox(
     counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int, torch.Tensor | int]
 ) -> tuple[torch.Tensor, ...]:
     """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words and broadcast against one another."""
-    c0, c1, c2, c3 = counter
     k0, k1 = key
+    shape = torch.broadcast_shapes(*(v.shape for v in (*counter, *key) if isinstance(v, torch.Tensor)))
+    c0, c1, c2, c3 = (c.expand(shape) for c in counter)
     for _ in range(10):
         # a product of two words overflows int64 but wraps, and its upper word survives the shift and the mask
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3 = p1.bitwise_and_(WORD), p0.bitwise_and_(WORD)
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return c0, c1, c2, c3
 
@@ -56,12 +59,15 @@ def reference(
     seed: torch.Tensor, ids: torch.Tensor, count: int, row: torch.Tensor, stream: int
 ) -> torch.Tensor:
     """Standard normals (B, count) as float32: computed in float64, rounded once."""
-    uniforms = [((w >> 9).double() + 0.5) * 2.0**-23 for w in words(seed, ids, -(-count // 4), row, stream)]
-    pairs = []
-    for radius, angle in (uniforms[:2], uniforms[2:]):
-        r = torch.sqrt(-2 * torch.log(radius))
-        pairs += [r * torch.cos(2 * math.pi * angle), r * torch.sin(2 * math.pi * angle)]
-    return torch.stack(pairs, dim=-1).float().flatten(1)[:, :count].contiguous()
+    drawn = words(seed, ids, -(-count // 4), row, stream)
+    z = torch.empty(*drawn[0].shape, 4, device=ids.device)
+    for k in (0, 2):
+        radius, angle = (
+            w.bitwise_right_shift_(9).double().add_(0.5).mul_(2.0**-23) for w in drawn[k : k + 2]
+        )
+        r, angle = radius.log_().mul_(-2).sqrt_(), angle.mul_(2 * math.pi)
+        z[..., k], z[..., k + 1] = torch.cos(angle).mul_(r), angle.sin_().mul_(r)
+    return z.flatten(1)[:, :count].contiguous()
 
 
 # --- the kernel ------------------------------------------------------------------------------------------------------
