@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..models.codec import dealt
 from ..models.denoiser import Denoiser
 from . import grids
 from .loop import sample
@@ -72,7 +73,7 @@ class Trials:
         if block not in self._noise:
             noise = starting_noise(self.seed, ids, self.d.shape or (), self.dtype)
             self._noise[block] = noise.to(self.device)
-        cond = {k: v.to(self.device)[(ids % len(v)).to(self.device)] for k, v in self.cond.items()}
+        cond = dealt(self.cond, ids.to(self.device))
         self.spent += table.calls
         return sample(
             self.d, self._noise[block], table, cond=cond, callback=lambda _: self.on_call(), check="off"

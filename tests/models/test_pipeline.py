@@ -398,9 +398,9 @@ def test_what_the_autoencoder_says_of_its_latents_is_undone():
 
 def test_search_runs_on_a_pipeline():
     d = loaded("sd3")
-    cond = d.codec.embed(PROMPTS, None, **length_of("sd3"))
-    table = search(d, 2, budget=420, batch=2, reference=20, cond=cond.cond)
-    assert table.calls == 2 and sample(d, noise_of(d), table, cond=cond).isfinite().all()
+    cond, guided = condition("sd3", d), cfg(d, SCALE)
+    table = search(guided, 2, budget=420, batch=2, reference=20, cond=cond)
+    assert table.calls == 2 and sample(guided, noise_of(d), table, cond=cond).isfinite().all()
 
 
 # --- errors -------------------------------------------------------------------------------------------------
