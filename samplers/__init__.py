@@ -3,6 +3,7 @@
 from . import grids
 from .abm import abm
 from .adapters import adapted
+from .best_of_n import best_of_n, importance
 from .blend import Blend
 from .capture import capture
 from .consistency import consistency
@@ -11,6 +12,7 @@ from .ddpm import ddpm
 from .deis import deis
 from .dpm_single import dpm_single, fast_orders
 from .dpmpp import dpm, dpmpp
+from .dps import dps
 from .ersde import ersde
 from .euler import euler
 from .guidance import autoguidance, cfg, rlg
@@ -28,19 +30,26 @@ from .rk import rk
 from .sa import sa
 from .sde_dpmpp import sde_dpmpp
 from .search import search
+from .smc_steering import smc_steering
 from .steer import steer
+from .svdd import svdd
 from .table import Table
 from .teleport import skip, teleport
 from .time_shift import time_shift
+from .tree import Tree
+from .tree_sample import tree_sample
+from .tree_search import tree_search
 from .unipc import unipc
 from .usf import usf
 
 __all__ = [
-    "Blend", "Guide", "Info", "Program", "State", "Table", "abm", "adapted", "autoguidance", "capture", "cfg",
-    "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "ersde", "euler", "fast_orders",
-    "feature_distance", "grids", "heun", "init", "ipndm", "ipndm_v", "minority", "minority_classes",
-    "minority_score", "multistep", "pndm", "restart", "rk", "rlg", "sa", "sample", "sde_dpmpp", "search",
-    "skip", "starting_noise", "steer", "step", "take", "teleport", "time_shift", "unipc", "usf",
+    "Blend", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted", "autoguidance",
+    "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp",
+    "dps", "ersde", "euler", "fast_orders", "feature_distance", "grids", "heun", "importance", "init",
+    "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score", "multistep", "pndm", "restart",
+    "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise",
+    "steer", "step", "svdd", "take", "teleport", "time_shift", "tree_sample", "tree_search", "unipc",
+    "usf",
 ]  # fmt: skip
 
 

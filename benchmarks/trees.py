@@ -1,0 +1,372 @@
+"""Trees beside best-of-n, importance sampling, SMC steering, SVDD and gradient guidance, at equal network calls.
+
+    python benchmarks/trees.py                               everything that is not in the results yet, then the tables
+    python benchmarks/trees.py --seconds 200                 stop after so long; the next run goes on from there
+    python benchmarks/trees.py --table                       print the tables from the results as they are
+
+Sampling: the target is p exp(scale r), p being the law of the sampler itself. A method's samples (weighted, where it
+has weights) are compared by W1 with a reference by importance sampling over many more rollouts, in units of the
+target's standard deviation; with the best reward that was seen. Search: the best reward at a budget, beside the mean
+best of n rollouts, and how many rollouts best-of-n needs for it. A differentiated call counts as three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from fewstep.eval import bench
+from fewstep.eval.files import written_aside
+from fewstep.models import GaussianMixture, load, paths
+from fewstep.models.rewards import class_probability, compressibility, ink
+from fewstep.samplers import ddim, grids, sample, starting_noise
+from fewstep.samplers.best_of_n import best_of_n, importance
+from fewstep.samplers.dps import dps
+from fewstep.samplers.smc_steering import smc_steering
+from fewstep.samplers.svdd import svdd
+from fewstep.samplers.tree_sample import tree_sample
+from fewstep.samplers.tree_search import tree_search
+
+RESULTS = Path(__file__).parent / "results" / "trees-cpu.json"
+SEEDS = 16
+
+
+class Case(NamedTuple):
+    d: Any
+    table: Any
+    reward: Any
+    scale: float
+    cond: dict
+    feature: Any  # samples (n, ...) -> (n,), of which the law is compared
+    budgets: tuple[int, ...]
+    many: int  # rollouts of the reference
+    dtype: torch.dtype
+
+
+def mixture(dim: int, reward, scale: float) -> Case:
+    means = torch.zeros(2, dim, dtype=torch.float64)
+    means[0, 0], means[1, 0] = -2.0, 1.5
+    path = paths.edm()
+    d = GaussianMixture([0.3, 0.7], means, [0.16, 0.49]).denoiser(path)
+    table = ddim(path, grids.karras(path, 10, t_max=20.0, t_min=0.02), eta=1.0)
+    return Case(d, table, reward, scale, {}, lambda x: x[:, 0], (1000, 4000), 400_000, torch.float64)
+
+
+def digit(reward, scale: float) -> Case:
+    d = load("digits-edm")
+    table = ddim(d.path, grids.vp(d.path, 12), eta=1.0)
+    cond = {"label": torch.tensor([d.net.null_label])}
+    return Case(d, table, reward, scale, cond, lambda x: reward(x), (1200,), 0, torch.float32)
+
+
+def undecided(x: torch.Tensor) -> torch.Tensor:
+    """High for images that the judge takes for a 3 and an 8 alike: blurred estimates do that better than digits."""
+    three, eight = class_probability(3)(x), class_probability(8)(x)
+    return torch.minimum(three, eight)
+
+
+DIGITS = {
+    "much ink": ink(),
+    "little ink": lambda x: -ink()(x),
+    "compressible": compressibility(),
+    "log p(3)": class_probability(3, log=True),
+    "log p(7)": class_probability(7, log=True),
+    "undecided": undecided,
+}
+MIXTURES = {
+    "mixture, easy": lambda: mixture(1, lambda x: -(x[:, 0] + 2).abs(), 1.5),
+    "mixture, rare": lambda: mixture(1, lambda x: -((x[:, 0] + 3.3) ** 2), 10.0),
+    "mixture, misleading": lambda: mixture(
+        1, lambda x: -torch.minimum((x[:, 0] + 3.0).abs(), x[:, 0].abs()), 4.0
+    ),
+    "mixture in 16 D, rare": lambda: mixture(16, lambda x: x[:, :8].sum(1), 1.6),
+}
+TILTED = {
+    "digits: a seven": ("log p(7)", 1.0),
+    "digits: much ink, rare": ("much ink", 75.0),
+    "digits: 3 or 8, misleading": ("undecided", 20.0),
+}
+CASES = {**MIXTURES, **{k: (lambda r=r, s=s: digit(DIGITS[r], s)) for k, (r, s) in TILTED.items()}}
+PARTS, PART = 6, 2048  # rollouts of the digits teacher, for references and for the best of n
+
+
+def tree(case: Case, budget: int, seed: int, **options):
+    options = dict(scale=case.scale, seed=seed, cond=case.cond, dtype=case.dtype, **options)
+    made = tree_sample(case.d, case.table, case.reward, budget, **options)
+    x = made.leaf_states(range(len(made.leaves)))
+    weights = made.log_weights()
+    if options.get("explore"):
+        weights = made.visit_weights()
+    return x, weights.softmax(0), float(weights.logsumexp(0))
+
+
+def searched(case: Case, budget: int, seed: int, **options):
+    made = tree_search(
+        case.d, case.table, case.reward, budget, seed=seed, cond=case.cond, dtype=case.dtype, **options
+    )
+    x = made.leaf_states(range(len(made.leaves)))
+    return x, torch.full((len(x),), 1 / len(x)), None
+
+
+def particles(method, case: Case, seed: int, **options):
+    noise = starting_noise(seed, torch.tensor([0]), case.d.shape, case.dtype)
+    _, drawn = method(case.d, noise, case.table, reward=case.reward, cond=case.cond, seed=seed, **options)
+    return drawn.x[0], drawn.log_weights[0].double().softmax(0), float(drawn.log_z[0])
+
+
+def gradient(case: Case, budget: int, seed: int):
+    n = budget // (3 * case.table.calls)
+    noise = starting_noise(seed, n, case.d.shape, case.dtype)
+    cond = {key: value.expand(n) for key, value in case.cond.items()}
+    x, _ = dps(case.d, noise, case.table, reward=case.reward, scale=case.scale, cond=cond, seed=seed)
+    return x, torch.full((n,), 1 / n), None
+
+
+def nested(case: Case, budget: int, seed: int):
+    each = 1 + 4 * (case.table.calls - 2)
+    n = budget // each
+    noise = starting_noise(seed, n, case.d.shape, case.dtype)
+    cond = {key: value.expand(n) for key, value in case.cond.items()}
+    x, _ = svdd(case.d, noise, case.table, reward=case.reward, scale=case.scale, cond=cond, seed=seed)
+    return x, torch.full((n,), 1 / n), None
+
+
+METHODS = {
+    "tree sampling": lambda c, b, s: tree(c, b, s),
+    "the paper's walks": lambda c, b, s: tree(c, b, s, grow="walks"),
+    "walks, 4 levels, blended, by visits": lambda c, b, s: tree(c, b, s, grow="walks", levels=4, explore=0.1),
+    "importance sampling": lambda c, b, s: particles(importance, c, s, n=b // c.table.calls, scale=c.scale),
+    "SMC steering": lambda c, b, s: particles(
+        smc_steering, c, s, particles=b // c.table.calls, scale=c.scale
+    ),
+    "SVDD": nested,
+    "DPS": gradient,
+    "best of n": lambda c, b, s: _best(c, b, s),
+    "tree search": lambda c, b, s: searched(c, b, s),
+}
+
+
+def _best(case: Case, budget: int, seed: int):
+    noise = starting_noise(seed, torch.tensor([0]), case.d.shape, case.dtype)
+    x, _ = best_of_n(case.d, noise, case.table, reward=case.reward, n=budget // case.table.calls, cond=case.cond,
+                     seed=seed)  # fmt: skip
+    return x, torch.ones(1), None
+
+
+def rolled(case: Case, count: int, seed: int) -> torch.Tensor:
+    out = []
+    for begin in range(0, count, 2000):
+        ids = torch.arange(begin, min(begin + 2000, count))
+        cond = {key: value.expand(len(ids)) for key, value in case.cond.items()}
+        noise = starting_noise(seed, ids, case.d.shape, case.dtype)
+        out.append(sample(case.d, noise, case.table, cond=cond, seed=seed, ids=ids))
+    return torch.cat(out)
+
+
+def reference(name: str, known: dict) -> dict[str, Any]:
+    case = CASES[name]()
+    if name in TILTED:
+        feature = torch.tensor(pooled(known, TILTED[name][0]), dtype=torch.float64)
+        log = case.scale * feature
+    else:
+        x = rolled(case, case.many, 10_000)
+        log, feature = case.scale * case.reward(x).double(), case.feature(x).double()
+    share = log.softmax(0)
+    order = torch.searchsorted(share.cumsum(0), (torch.arange(1000) + 0.5) / 1000).clamp_max(len(log) - 1)
+    picked = feature[order].sort().values
+    return {
+        "log_z": float(log.logsumexp(0)) - math.log(len(log)), "ess": float(1 / share.square().sum()),
+        "fraction": float(1 / share.square().sum()) / len(log), "sd": float(picked.std()),
+        "feature": [round(v, 5) for v in picked.tolist()],
+    }  # fmt: skip
+
+
+def part(index: int) -> dict[str, list[float]]:
+    case = digit(ink(), 1.0)
+    ids = torch.arange(index * PART, (index + 1) * PART)
+    noise = starting_noise(20_000, ids, case.d.shape)
+    x = sample(
+        case.d,
+        noise,
+        case.table,
+        cond={k: v.expand(PART) for k, v in case.cond.items()},
+        seed=20_000,
+        ids=ids,
+    )
+    return {name: [round(v, 5) for v in reward(x).tolist()] for name, reward in DIGITS.items()}
+
+
+def pooled(known: dict, reward: str) -> list[float]:
+    return [v for i in range(PARTS) for v in known[f"rollouts|{i}"][reward]]
+
+
+def w1(x: np.ndarray, weights: np.ndarray, picked: np.ndarray) -> float:
+    every = np.concatenate([x, picked])
+    order = np.argsort(every)
+    steps = np.concatenate([weights, np.full(len(picked), -1 / len(picked))])[order]
+    return float((np.abs(steps.cumsum())[:-1] * np.diff(every[order])).sum())
+
+
+# --- search on digits -------------------------------------------------------------------------------------------------
+
+SEARCH = ("much ink", "little ink", "compressible", "log p(3)")
+BUDGETS = (192, 384)
+
+
+def search_cell(name: str, budget: int, seed: int, grow: str) -> float:
+    case = digit(DIGITS[name], 1.0)
+    made = tree_search(case.d, case.table, case.reward, budget, grow=grow, seed=seed, cond=case.cond, batch=8)
+    return float(made.best()[1])
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def jobs():
+    """Names and functions of what is already known, what matters most first."""
+    for i in range(PARTS):
+        yield f"rollouts|{i}", lambda known, i=i: part(i)
+    for name in CASES:
+        yield f"reference|{name}", lambda known, name=name: reference(name, known)
+    for large in (False, True):
+        for seed in range(SEEDS):
+            for name in CASES:
+                if (large and len(CASES[name]().budgets) == 1) or (name in TILTED and seed >= SEEDS // 2):
+                    continue
+                budget = CASES[name]().budgets[-1 if large else 0]
+                for method in METHODS:
+                    yield (
+                        f"sample|{name}|{budget}|{method}|{seed}",
+                        lambda known, a=(name, budget, method, seed): cell(known, *a),
+                    )
+            for name in SEARCH if not large else ():
+                for grow in ("improvement", "bounds"):
+                    for budget in BUDGETS:
+                        yield (
+                            f"search|{name}|{budget}|{grow}|{seed}",
+                            lambda known, a=(name, budget, seed, grow): search_cell(*a),
+                        )
+
+
+def cell(known: dict, name: str, budget: int, method: str, seed: int) -> dict[str, Any]:
+    case, truth = CASES[name](), known[f"reference|{name}"]
+    x, weights, log_z = METHODS[method](case, budget, seed)
+    distance = w1(case.feature(x).double().numpy(), weights.double().numpy(), np.array(truth["feature"]))
+    return {"w1": distance / truth["sd"], "best": float(case.reward(x).max()), "log_z": log_z}
+
+
+def tables(known: dict) -> str:
+    lines = ["# Trees at equal network calls", "", "`python benchmarks/trees.py`, on a CPU.", ""]
+    lines += [" ".join(__doc__.split("\n\n")[2].split()), ""]
+    for name in CASES:
+        truth = known.get(f"reference|{name}")
+        if truth is None:
+            continue
+        rows = {}
+        for key, value in known.items():
+            if key.startswith(f"sample|{name}|"):
+                _, _, budget, method, _ = key.split("|")
+                rows.setdefault(int(budget), {}).setdefault(method, []).append(value)
+        budgets = sorted(rows)
+        lines += [
+            f"## {name}", "",
+            f"Equally weighted rollouts are worth {truth['fraction']:.2g} of their number; log Z = "
+            f"{truth['log_z']:.2f}. The reference is worth {truth['ess']:.0f} draws.", "",
+            "| method | " + " | ".join(f"W1, {b} calls | log Z | best reward" for b in budgets) + " |",
+            "|---|" + "--:|--:|--:|" * len(budgets),
+        ]  # fmt: skip
+        for method in METHODS:
+            cells = []
+            for budget in budgets:
+                found = rows[budget].get(method, [])
+                if not found:
+                    cells += ["", "", ""]
+                    continue
+                gaps = np.array([f["w1"] for f in found])
+                logs = [f["log_z"] for f in found if f["log_z"] is not None]
+                best = np.mean([f["best"] for f in found])
+                spread = f"{np.mean(logs):.2f} +- {np.std(logs):.2f}" if logs else ""
+                cells += [
+                    f"{gaps.mean():.3f} +- {gaps.std(ddof=1) / len(gaps) ** 0.5:.3f}",
+                    spread,
+                    f"{best:.4g}",
+                ]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines + search_table(known))
+
+
+def search_table(known: dict) -> list[str]:
+    if f"rollouts|{PARTS - 1}" not in known:
+        return []
+    lines = [
+        "## Search on the digits", "",
+        "Mean best reward; behind it how many rollouts best-of-n needs for that mean, over how many the budget would",
+        "pay for (`>` beyond 1024 rollouts).", "",
+        "| reward | growth | " + " | ".join(f"{b} calls" for b in BUDGETS) + " |",
+        "|---|---|" + "--:|" * len(BUDGETS),
+    ]  # fmt: skip
+    for name in SEARCH:
+        rewards = np.sort(np.array(pooled(known, name)))
+        upto = np.arange(1, len(rewards) + 1) / len(rewards)
+        mean_best = [
+            float((rewards * (upto**n - (upto - 1 / len(rewards)) ** n)).sum()) for n in range(1, 1025)
+        ]
+        for grow, label in (("improvement", "ours"), ("bounds", "the paper's UCT")):
+            cells = []
+            for budget in BUDGETS:
+                found = [v for k, v in known.items() if k.startswith(f"search|{name}|{budget}|{grow}|")]
+                if not found:
+                    cells.append("")
+                    continue
+                mean = float(np.mean(found))
+                needed = next((n for n, value in enumerate(mean_best, 1) if value >= mean), None)
+                ratio = f"{needed / (budget / 12):.1f}" if needed else f"> {1024 / (budget / 12):.0f}"
+                cells.append(f"{mean:.4f} +- {np.std(found, ddof=1) / len(found) ** 0.5:.4f}, {ratio} x")
+            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+        cells = [f"{mean_best[budget // 12 - 1]:.4f}" for budget in BUDGETS]
+        lines.append(f"| {name} | best of n | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def write(known: dict) -> None:
+    with written_aside(RESULTS) as file:
+        file.write_text(json.dumps({"environment": bench.environment(), "results": known}))
+    with written_aside(RESULTS.with_suffix(".md")) as file:
+        file.write_text(tables(known))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf)
+    parser.add_argument("--table", action="store_true", help="only print")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    begun = time.perf_counter()
+    if not arguments.table:
+        written = begun
+        for name, job in jobs():
+            if name in known:
+                continue
+            if time.perf_counter() - begun > arguments.seconds:
+                break
+            known[name] = job(known)
+            if time.perf_counter() - written > 10:
+                write(known)
+                written = time.perf_counter()
+        write(known)
+    print(tables(known))
+
+
+if __name__ == "__main__":
+    main()
