@@ -165,6 +165,8 @@ def launch(
     """``reference`` by the kernel, in float32."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
+    given = (seed, ids, row, scale, mask)
+    seed, ids, row, scale, mask = (t if t is None else t.contiguous() for t in given)
     lines, count = logits.shape
     tokens, log_probs = ids.new_empty(lines), logits.new_empty(lines, dtype=torch.float32)
     if lines:

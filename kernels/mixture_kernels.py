@@ -230,9 +230,10 @@ def launch(
     labels: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``reference`` by the kernel."""
-    x, rows = x.contiguous(), rows.contiguous()
+    x, alpha, sigma, rows, label, *mixture = _contiguous(
+        x, alpha, sigma, rows, label, log_weights, variances, labels
+    )
     out, density = torch.empty_like(x), x.new_empty(len(x))
-    mixture = (log_weights, variances, labels)
     for part in _parts(x, rows):
         query, a, s, mine = x[part], alpha[part], sigma[part], label if label is None else label[part]
         maxima, totals, shares, means = parts = _workspace(query, rows, 3)
@@ -259,9 +260,11 @@ def launch_backward(
     density_slope: torch.Tensor,
 ) -> torch.Tensor:
     """The gradient at x, (Q, D), for gradients ``slope`` at the mean and ``density_slope`` at the density."""
-    x, rows = x.contiguous(), rows.contiguous()
+    x, alpha, sigma, rows, label, *mixture = _contiguous(
+        x, alpha, sigma, rows, label, log_weights, variances, labels
+    )
+    density, density_slope = _contiguous(density, density_slope)
     slopes = []
-    mixture = (log_weights, variances, labels)
     for part in _parts(x, rows):
         query, a, s, mine = x[part], alpha[part], sigma[part], label if label is None else label[part]
         totals, shares, pulls, pulled = parts = _workspace(query, rows, 3)
@@ -269,7 +272,7 @@ def launch_backward(
             mean[part].mT.contiguous(),
             slope[part].mT.contiguous(),
             density[part],
-            density_slope[part].contiguous(),
+            density_slope[part],
         )
         _run(backward_kernel, query, a, s, rows, mixture, mine, given, parts)
         total, pull, away = totals.sum(0), pulls.sum(0), pulled.sum(0)
@@ -279,6 +282,10 @@ def launch_backward(
         found = found / total[:, None]
         slopes.append(found if variances is not None else torch.where((s == 0)[:, None], 0.0, found))
     return torch.cat(slopes) if slopes else torch.empty_like(x)
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> list[Any]:
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _parts(x: torch.Tensor, rows: torch.Tensor) -> list[slice]:

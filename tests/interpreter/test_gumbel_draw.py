@@ -30,17 +30,17 @@ def exponentials(ids, count=4):
         torch.stack(philox.words(SEED, ids, 1, torch.zeros(1), s), -1)[:, 0, :count].double() for s in (8, 9)
     )
     v = torch.where(w < gumbel_draw.RARE, w + (more + 0.5) / 2**32, w + 0.5) / 2**32
-    return w, -torch.log1p(-v)
+    return -torch.log1p(-v)
 
 
 def test_exponentials_hold_to_the_tail():
     """Token 1 wins over token 0 exactly when its logit passes log(E_1 / E_0): the reference says where that is."""
-    everybody = torch.arange(1_000_000)
-    w, _ = exponentials(everybody)
-    rare = everybody[w[:, 1] < gumbel_draw.RARE]
-    assert 5 <= len(rare) <= 30
+    everybody = torch.arange(400_000)
+    word = philox.words(SEED, everybody, 1, torch.zeros(1), 8)[1][:, 0]
+    rare = everybody[word < gumbel_draw.RARE]
+    assert 2 <= len(rare) <= 20
     ids = torch.cat([rare, everybody[:40]])
-    _, E = exponentials(ids, 2)
+    E = exponentials(ids, 2)
     edge = (E[:, 1] / E[:, 0]).log()
     assert float(edge.min()) < -11
     for shift, winner in ((4e-6, 1), (-4e-6, 0)):
@@ -63,3 +63,7 @@ def test_edges(monkeypatch):
     monkeypatch.undo()
     whole = gumbel_draw.launch(spread.contiguous(), SEED, torch.arange(6), row)
     assert torch.equal(found[0], whole[0]) and cases.error(found[1], whole[1]) < 1e-6
+    broadcast = gumbel_draw.launch(
+        spread, SEED.expand(6), torch.arange(6), row.expand(6), scale=torch.ones(1).expand(6)
+    )
+    assert torch.equal(broadcast[0], whole[0])

@@ -94,6 +94,8 @@ def test_batches_blocks_and_strides(monkeypatch):
     for part in (slice(0, 1), slice(1, 34), slice(34, 50)):
         some = mixture_score.launch(**{k: v if k == "rows" else v[part] for k, v in arguments.items()})
         assert torch.equal(some[0], whole[0][part]) and torch.equal(some[1], whole[1][part])
+    same = arguments | {k: arguments[k].mean().expand(50) for k in ("alpha", "sigma")}
+    assert cases.error(mixture_score.launch(**same), whole) <= 1e-6
     strided = {k: v.repeat_interleave(2, 0)[::2] for k, v in arguments.items()} | {
         "rows": rows.T.contiguous().T
     }
