@@ -24,7 +24,7 @@ from .cases import Case, randn
 from .dispatch import choose, runs_on
 from .layer_norm_modulate import each, strides
 from .norm_kernels import gate_residual_backward_kernel, gate_residual_kernel
-from .tokens import modulation, precise, result_type, tiles, tokens, unsupported
+from .tokens import modulation, precise, result_type, shaped, tiles, tokens, unsupported
 
 Maybe = torch.Tensor | None
 Gradients = tuple[
@@ -267,7 +267,7 @@ def gate_residual_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``gate_residual`` and ``layer_norm_modulate`` of it, with the arguments of both."""
     r, y = _run(x, h, gate, "layer_norm", scale, shift, weight, bias, eps, impl)
-    return r, y.view(r.shape)
+    return r, shaped(y, r)
 
 
 def _run(
@@ -288,7 +288,7 @@ def _run(
     given = norms.modulations(x, scale, shift, weight, bias)
     chosen = choose("gate_residual", impl, [x], unsupported(*first, *given))
     r, y = (op if chosen == "triton" else reference)(*first, norm, *given, eps)
-    return r.view(x.shape), y
+    return shaped(r, x), y
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.nn import functional
 from .cases import Case, randn
 from .dispatch import choose, runs_on
 from .norm_kernels import layer_norm_modulate_backward_kernel, layer_norm_modulate_kernel
-from .tokens import affine, modulation, precise, result_type, tiles, tokens, unsupported
+from .tokens import affine, modulation, precise, result_type, shaped, tiles, tokens, unsupported
 
 Maybe = torch.Tensor | None
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -219,7 +219,7 @@ def layer_norm_modulate(
     """
     given = tokens(x), *modulations(x, scale, shift, weight, bias)
     chosen = choose("layer_norm_modulate", impl, [x], unsupported(*given))
-    return (op if chosen == "triton" else reference)(*given, eps).view(x.shape)
+    return shaped((op if chosen == "triton" else reference)(*given, eps), x)
 
 
 def modulations(

@@ -26,6 +26,11 @@ def tokens(x: torch.Tensor, name: str = "x") -> torch.Tensor:
     return side_by_side(x)
 
 
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """y in the shape of x, and y itself where it has that: in-place code and FSDP stumble over views of results."""
+    return y if y.shape == x.shape else y.view(x.shape)
+
+
 def modulation(v: torch.Tensor | None, x: torch.Tensor, name: str) -> torch.Tensor | None:
     """``v`` of shape (B, C), (B, 1, ..., C) or x's own as (B, 1 or L, C); a batch of 1 serves all of x's.
 

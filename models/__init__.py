@@ -12,6 +12,7 @@ from .gaussian_stats import GaussianStats
 from .ideal import IdealDenoiser
 from .load import load, save_checkpoint
 from .mixture import GaussianMixture
+from .patch import patch
 from .rewards import class_probability, ink
 from .unet import UNet, UNetConfig
 
@@ -36,6 +37,7 @@ __all__ = [
     "ink",
     "load",
     "load_classifier",
+    "patch",
     "paths",
     "save_checkpoint",
 ]

@@ -195,7 +195,10 @@ class Block(nn.Module):
         else:
             h = self.norm1(h + time)
         h = self.conv1(functional.dropout(silu(h), self.dropout, self.training))
-        x = (self.skip(x) + h) * self.style.skip_scale
+        return self.attended((self.skip(x) + h) * self.style.skip_scale)
+
+    def attended(self, x: torch.Tensor) -> torch.Tensor:
+        """x and what attention adds to it, in blocks that attend."""
         if not self.heads:
             return x
         # channels are ordered (head, channel, q k v)
