@@ -25,6 +25,7 @@ VERBS = {
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
     "kernels": (".kernels", "lists the ops that have a Triton kernel, and who runs them here"),
     "bench": (".bench", "times every kernel beside torch, torch.compile and the memory's bandwidth"),
+    "export": ("..distill.export", "makes a student a diffusers folder, or says why there is none for it"),
     "demo": ("..eval.demo", "samples the embedded teacher with several solvers: a picture and a table"),
 }
 

@@ -23,6 +23,7 @@ from ..models import load, paths
 from ..models.checkpoint import write_atomically
 from ..models.denoiser import Denoiser
 from ..models.load import build
+from ..samplers import Table
 from . import checkpoints, parallel
 from . import recipe as recipes
 from .data import Data, grid_mixture, open_data
@@ -224,9 +225,38 @@ def _finish(trainer: Trainer, folder: Path, exam: Exam) -> None:
         tensors = {k: whole(v.detach()).clone() for k, v in student.d.net.state_dict().items()}
     if not trainer.ranks.first:
         return
-    meta = {"kind": "student", "recipe": asdict(trainer.recipe), "times": student.table.times.tolist(),
-            "solver": student.table.solver, "calls": student.calls}  # fmt: skip
+    experts = getattr(student.d, "experts", None)
+    config = student.d.config if experts is None else experts[0].config
+    meta = {
+        "kind": "denoiser" if experts is None else "experts",
+        "config": config,
+        "training": asdict(trainer.recipe),
+    }
+    if experts is not None:
+        meta["ends"] = student.d.ends
     checkpoint.write(folder / "student.safetensors", tensors, meta)
+    student.table.save(folder / "table.json")
+
+
+def open_student(folder: str | Path) -> tuple[Student, DistillRecipe, dict[str, float]]:
+    """(student, recipe, what it was last measured to be) from a run's folder."""
+    from ..models import checkpoint
+    from .methods.phased import Experts
+
+    folder = Path(folder)
+    path = folder / "student.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no student.safetensors: it is no run, or one that did not finish"
+        )
+    tensors, meta = checkpoint.read(path)
+    ends = meta.get("ends", [None])
+    made = [build(meta["config"]) for _ in ends]
+    d = made[0] if meta["kind"] == "denoiser" else Experts(made, ends)
+    d.net.load_state_dict(tensors)
+    d.net.eval().requires_grad_(False)
+    numbers = next((line for line in reversed(_metrics(folder)) if "main" in line), {})
+    return Student(d, Table.load(folder / "table.json")), read(meta["training"])[0], numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

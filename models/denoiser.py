@@ -133,6 +133,7 @@ class Denoiser:
         self.sigma_data, self.time, self.net = float(sigma_data), time, net
         self.shape = None if shape is None else tuple(shape)
         self.codec = codec
+        self.config: dict[str, Any] | None = None  # what ``load.build`` made it from: enough to save it
         self._dtype = dtype
 
     # --- what samplers use: outputs as they are, and the scalars that turn them into something --------------------

@@ -127,7 +127,7 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         raise ValueError(f"net.type must be one of {', '.join(NETS)}, got {kind!r}")
     net = NETS[kind](net_config, attention)
     path = paths.from_config(config["path"])
-    return Denoiser(
+    d = Denoiser(
         functools.partial(_ask, net),
         path,
         predicts=config["predicts"],
@@ -137,6 +137,8 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         net=net,
         shape=config["shape"],
     )
+    d.config = dict(config)
+    return d
 
 
 def _ask(

@@ -1,0 +1,226 @@
+"""``fewstep export RUN OUT``: a student as a folder that diffusers alone runs, or the reason why none can.
+
+    fewstep export runs/dmd2-digits student/
+    DiffusionPipeline.from_pretrained("student/")(num_inference_steps=1, ...)        # the call stands in its README.md
+
+A scheduler of diffusers has a grid of its own, so a student fits where its times are on that grid:
+
+    EDM, one call            ConsistencyModelPipeline + CMStochasticIterativeScheduler with sigma_min = 0
+    VP with classes          ConsistencyModelPipeline + LCMScheduler, betas made to hit the student's alphas
+    VP without               DDPMPipeline + LCMScheduler
+    flow without classes     DDPMPipeline + FlowMatchEulerDiscreteScheduler, stochastic
+
+With one call the network sees one time, which is written into its weights (``bake_time``), so its clock need not be
+diffusers'. Everything else stays what it is, a checkpoint of ours with a table: ``fewstep sample`` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..eval.files import written_aside
+from ..models.denoiser import Denoiser
+from ..models.unet import UNet, time_features
+from .card import model_card
+from .student import Student
+
+TRAIN_STEPS = 1000
+
+
+class Stock(NamedTuple):
+    """A pipeline of diffusers' own, and the arguments by which it makes what the student makes."""
+
+    pipeline: Any
+    call: dict[str, Any]
+
+
+class NoStockPipeline(ValueError):
+    """No pipeline of diffusers can run this student; the message says why."""
+
+
+def stock(student: Student) -> Stock:
+    """The diffusers pipeline that runs a pixel student; ``NoStockPipeline`` where there is none."""
+    d, times = student.d, [float(t) for t in student.table.times[:-1]]
+    if not isinstance(d.net, UNet):
+        raise NoStockPipeline(
+            f"its network is a {type(d.net).__name__}, and only a U-Net is diffusers' as it stands"
+        )
+    if student.table.options.get("gamma", 1.0) != 1.0 and len(times) > 1:
+        raise NoStockPipeline(
+            "it keeps its noise between steps (sampler: ode); stock few-step schedulers draw fresh"
+        )
+    if d.path.name == "edm":
+        return _edm(d, times)
+    if d.path.name.startswith("vp"):
+        return _vp(d, times)
+    return _flow(d, times)
+
+
+def _edm(d: Denoiser, times: list[float]) -> Stock:
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    if len(times) != 1:
+        raise NoStockPipeline(f"it makes {len(times)} calls: of EDM students only those of one call fit")
+    if d.precond != "edm":
+        raise NoStockPipeline(f"it predicts {d.predicts} on the EDM path without EDM's preconditioning")
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=40,
+        sigma_min=0.0,
+        sigma_max=times[0],
+        sigma_data=d.sigma_data,
+        clip_denoised=False,
+    )
+    unet = bake_time(d, times[0])
+    return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), {"num_inference_steps": 1})
+
+
+def _vp(d: Denoiser, times: list[float]) -> Stock:
+    from diffusers import ConsistencyModelPipeline, DDPMPipeline, LCMScheduler
+
+    kinds = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+    if d.predicts not in kinds or d.precond is not None:
+        raise NoStockPipeline(f"it predicts {d.predicts}, which LCMScheduler does not know")
+    calls = len(times)
+    asked = (np.arange(calls, 0, -1) * (TRAIN_STEPS // calls) - 1).tolist()  # 999, 749, 499, 249
+    scheduler = LCMScheduler(
+        num_train_timesteps=TRAIN_STEPS,
+        trained_betas=betas_through(asked, [d.path.alpha(t) ** 2 for t in times]),
+        original_inference_steps=calls,
+        prediction_type=kinds[d.predicts],
+        clip_sample=False,
+    )
+    unet = _on_clock(d, times, asked)
+    arguments = {"num_inference_steps": calls}
+    if d.net.null_label is None:
+        return Stock(DDPMPipeline(unet=unet, scheduler=scheduler), arguments)
+    return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), arguments)
+
+
+def _flow(d: Denoiser, times: list[float]) -> Stock:
+    from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
+
+    if d.predicts != "flow":
+        raise NoStockPipeline(
+            f"it predicts {d.predicts} on a flow path, and FlowMatchEuler knows velocities only"
+        )
+    if d.net.null_label is not None:
+        raise NoStockPipeline("it is a class-conditional flow over pixels, which no pipeline of diffusers is")
+    calls = len(times)
+    own = [1 - k / calls for k in range(calls)]
+    if not np.allclose(times, own, atol=1e-6):
+        raise NoStockPipeline(f"its times {times} are not FlowMatchEuler's {own}")
+    options = {} if calls == 1 else {"shift_terminal": 1 / calls}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True, **options)
+    unet = _on_clock(d, times, [TRAIN_STEPS * t for t in times])
+    return Stock(DDPMPipeline(unet=unet, scheduler=scheduler), {"num_inference_steps": calls})
+
+
+def _on_clock(d: Denoiser, times: list[float], asked: Sequence[float]):
+    if len(times) == 1:
+        return bake_time(d, times[0])
+    own = [clock(d, t) for t in times]
+    if not np.allclose(own, asked, atol=1e-3):
+        raise NoStockPipeline(
+            f"its network counts time as {np.round(own, 3).tolist()} and the scheduler as {list(asked)}: train it "
+            "at student.times that agree"
+        )
+    return d.net.to_diffusers().eval()
+
+
+def clock(d: Denoiser, t: float) -> float:
+    """The number that the network is given at time t."""
+    return float(d._network_time(torch.zeros(1, *d.shape), t)[0])
+
+
+def bake_time(d: Denoiser, t: float):
+    """d's network as a ``UNet2DModel`` that answers as at time t, whatever time it is told."""
+    twin = d.net.to_diffusers().eval()
+    config, linear = d.net.config, twin.time_embedding.linear_1
+    features = time_features(
+        torch.tensor([clock(d, t)]), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+    )
+    with torch.no_grad():
+        linear.bias.copy_(linear(features.to(linear.weight))[0])
+        linear.weight.zero_()
+    return twin
+
+
+def betas_through(
+    steps: Sequence[int], alphas_squared: Sequence[float], total: int = TRAIN_STEPS
+) -> list[float]:
+    """Betas whose cumulative products of 1 - beta are ``alphas_squared`` at ``steps`` (falling), log-linear between.
+
+    >>> betas = betas_through([9, 4], [0.01, 0.25], total=10)
+    >>> products = np.cumprod(1 - np.asarray(betas))
+    >>> products[[9, 4]].round(12).tolist()
+    [0.01, 0.25]
+    """
+    places = [-1, *reversed(list(steps))]
+    logs = [0.0, *np.log(np.asarray(list(reversed(list(alphas_squared)))))]
+    log_products = np.interp(np.arange(total), places, logs)
+    return (-np.expm1(np.diff(log_products, prepend=0.0))).tolist()
+
+
+def save(student: Student, out: Path, name: str, record: dict[str, str]) -> Stock:
+    """Write the stock pipeline and its card as a folder that appears whole."""
+    found = stock(student)
+    with written_aside(out) as aside:
+        found.pipeline.save_pretrained(aside, safe_serialization=True)
+        (aside / "README.md").write_text(card(student, found, name, record))
+    return found
+
+
+def card(student: Student, found: Stock, name: str, record: dict[str, str]) -> str:
+    """The model card: what it is, how it is called, what it was measured to be."""
+    arguments = dict(found.call)
+    if student.d.net.null_label is not None:
+        arguments["class_labels"] = list(range(student.d.net.null_label))
+        arguments["batch_size"] = student.d.net.null_label
+    spoken = ", ".join(f"{k}={v}" for k, v in arguments.items())
+    head = f"---\nlibrary_name: diffusers\nbase_model_relation: finetune\ntags: [few-step, distillation]\n---\n\n"  # noqa: F541
+    call = f'```python\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("PATH")\nimages = pipe({spoken}).images\n```'  # noqa: E501
+    rows = {
+        "calls": str(student.calls),
+        "times": ", ".join(f"{t:.4g}" for t in student.table.times[:-1]),
+        **record,
+    }
+    return head + model_card(name, f"A student of {student.calls} network calls a sample.\n\n{call}", rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``fewstep export RUN OUT``."""
+    from .run import open_student
+
+    parser = argparse.ArgumentParser(
+        prog="fewstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
+    parser.add_argument("out", type=Path, help="a new folder")
+    arguments = parser.parse_args(argv)
+    student, recipe, numbers = open_student(arguments.run)
+    if arguments.out.exists():
+        raise FileExistsError(f"{arguments.out} is there already; name a new folder")
+    record = {
+        "teacher": recipe.teacher.path,
+        "method": recipe.method["name"],
+        "iterations": str(recipe.train.iters),
+    }
+    record |= {k: f"{v:.4g}" for k, v in numbers.items() if k.startswith(("teacher_", "data_"))}
+    try:
+        found = save(student, arguments.out, recipe.name, record)
+    except NoStockPipeline as reason:
+        files = f"{arguments.run / 'student.safetensors'} --table {arguments.run / 'table.json'}"
+        print(f"no pipeline of diffusers runs {arguments.run}: {reason}.")
+        print(f"It stays a fewstep checkpoint: fewstep sample {files}")
+        return 1
+    kind = type(found.pipeline).__name__
+    print(
+        f"{arguments.out}: a {kind} of {student.calls} call{'s' if student.calls > 1 else ''}, for diffusers alone"
+    )
+    return 0
