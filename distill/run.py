@@ -33,6 +33,7 @@ from .parallel import Ranks, shard, whole
 from .players import Players
 from .progress import track
 from .schema import DistillRecipe, differences, read
+from .sinks import Sink, open_sinks
 from .student import Student, few_steps
 from .training import Trainer, warm_up
 from .validation import Exam, draw, modes_found, set_exam
@@ -117,6 +118,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
         _drop_after(folder, trainer.iteration)
     exam = set_exam(teacher, data, recipe.report.exam)
     best = _best(folder)
+    sinks = open_sinks(recipe.report.sinks, folder, asdict(recipe)) if ranks.first else []
     for index, say in track(
         recipe.train.iters, recipe.name, every=recipe.report.validate, quiet=not ranks.first
     ):
@@ -127,7 +129,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
             trainer.next_phase(phase, fresh_critic.copy())
         numbers = trainer.turn()
         say(**{k: numbers[k] for k in ("loss", "critic") if k in numbers})
-        best = _report(trainer, folder, exam, numbers, best)
+        best = _report(trainer, folder, exam, numbers, best, sinks)
     _finish(trainer, folder, exam)
     return folder
 
@@ -188,7 +190,12 @@ def _metrics(folder: Path) -> list[dict]:
 
 
 def _report(
-    trainer: Trainer, folder: Path, exam: Exam, numbers: dict[str, float], best: tuple[float, int | None]
+    trainer: Trainer,
+    folder: Path,
+    exam: Exam,
+    numbers: dict[str, float],
+    best: tuple[float, int | None],
+    sinks: list[Sink],
 ) -> tuple[float, int | None]:
     report, iteration = trainer.recipe.report, trainer.iteration
     last = iteration == trainer.recipe.train.iters
@@ -204,6 +211,8 @@ def _report(
         best = min(best, (line["main"], iteration))
     if trainer.ranks.first:
         _log(folder, line)
+        for sink in sinks:
+            sink(line)
     if iteration % report.checkpoint == 0 or last:
         about = {"main": line.get("main"), "recipe": trainer.recipe.name}
         checkpoints.save(folder / "checkpoints", iteration, trainer.state(), about, trainer.ranks)

@@ -67,15 +67,17 @@ class Train:
 
 @dataclass
 class Report:
-    """Every so many iterations; ``exam``: held-out samples; ``keep``: checkpoints besides the best."""
+    """Every so many iterations; ``exam``: held-out samples; ``keep``: checkpoints besides the best.
+
+    ``sinks``: tensorboard, wandb, or both, beside metrics.jsonl.
+    """
 
     validate: int = 50
     checkpoint: int = 50
     grid: int = 100
     exam: int = 1000
     keep: int = 2
-    tensorboard: bool = False
-    wandb: bool = False
+    sinks: list[str] = field(default_factory=list)
 
 
 @dataclass
