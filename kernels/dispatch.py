@@ -69,6 +69,11 @@ def absent(device: torch.device) -> str | None:
     return f"tensors are on {device.type}, kernels run on CUDA and ROCm"
 
 
+def idle(tensor: torch.Tensor) -> bool:
+    """Whether ``choose`` would take the reference whatever the op: nobody asks, and no kernel runs where tensor is."""
+    return tensor.device.type == "cpu" and not (_using or interpreting() or os.environ.get(VARIABLE))
+
+
 def runs_on(tensor: torch.Tensor) -> bool:
     """Whether a kernel can be launched on this tensor: what a custom op, called on its own, goes by."""
     return absent(tensor.device) is None

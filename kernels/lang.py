@@ -1,8 +1,7 @@
 """How a kernel is written without importing Triton: ``from .lang import jit, tl``.
 
 ``@jit`` keeps the function as it is; its first launch imports Triton and puts the real ``tl`` and the compiled kernels
-into the file's globals. So a file with a kernel is imported in no time, on machines that have no Triton too, and
-``TRITON_INTERPRET`` is read at the first launch.
+into the file's globals. So a file with a kernel is imported in no time, on machines that have no Triton too.
 
     >>> @jit
     ... def kernel(x): tl.store(x, 1.0)
@@ -23,6 +22,7 @@ try:
     _INSTALLED = importlib.util.find_spec("triton") is not None
 except (ImportError, ValueError):  # an import system that says no in its own way
     _INSTALLED = False
+_INTERPRETS = _INSTALLED and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 class _Tl:
@@ -83,7 +83,7 @@ def available() -> bool:
 
 def interpreting() -> bool:
     """Whether kernels run on a CPU, by Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") and available()
+    return _INTERPRETS
 
 
 def require() -> Any:

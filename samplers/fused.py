@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..kernels import solver_step as kernel
-from ..kernels.dispatch import choose
+from ..kernels.dispatch import choose, idle
 from .noise import seed_on
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Rows(NamedTuple):
 
 def takes(state: State, outputs: tuple[torch.Tensor, ...], z: torch.Tensor | None = None) -> bool:
     """Whether the kernel does this step: by default on a GPU, where no gradient flows and nothing is compiled."""
+    if idle(state.x):
+        return False
     reason = "torch.compile fuses the reference itself" if torch.compiler.is_compiling() else None
     reason = reason or kernel.unsupported(state.x, state.y, state.d, outputs, z)
     return choose("solver_step", None, [state.x], reason) == "triton"
