@@ -23,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 INTERPRETED := $(wildcard tests/interpreter/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench compat docs clean
+.PHONY: help demo test test-slow check format bench tables compat docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -55,6 +55,9 @@ format: $(VENV)/.dev ## format, and mend what the linter can mend
 
 bench: $(VENV)/.test ## every solver at 5 to 20 calls, beside diffusers' schedulers
 	$(PY) benchmarks/solvers.py $(ARGS)
+
+tables: $(VENV)/.test ## the README's tables of shift, teleportation and search, as measured; ARGS=--run measures anew
+	$(PY) benchmarks/tables.py $(ARGS)
 
 compat: $(VENV)/.test ## diffusers' own scheduler tests on ours: make compat DIFFUSERS_SRC=a-clone-of-diffusers
 	@test -n "$(DIFFUSERS_SRC)" || { echo 'say where a clone of diffusers is: make compat DIFFUSERS_SRC=path' >&2; exit 1; }
