@@ -3,8 +3,10 @@
     python benchmarks/gpu.py --out benchmarks/results/samplers-gpu.json
     python benchmarks/gpu.py --device cpu --out out/samplers-cpu.json          # the script itself, tried without one
 
-Parts: the same noise as on a CPU; the same samples; steps that wait for nothing; what a step costs beside diffusers'
-scheduler.step (where diffusers is installed), eagerly and as a CUDA graph; images a second of the embedded teacher.
+Parts: every kernel's answer; its noise; captured loops; every kernel's time (``fewstep bench kernels`` has options);
+the same samples as on a CPU; steps that wait for nothing; what a step costs beside diffusers' scheduler.step (where
+diffusers is installed), eagerly and as a CUDA graph; images a second of the embedded teacher. What whole networks gain
+is in ``kernels_end_to_end.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ from collections.abc import Callable
 
 import torch
 
-from fewstep.eval import bench
+from fewstep.eval import bench, bench_kernels
+from fewstep.kernels import cases, dispatch, philox
 from fewstep.models import Denoiser, load, paths
 from fewstep.models.mixture import random_mixture
-from fewstep.samplers import abm, deis, dpmpp, grids, init, sample, sde_dpmpp, starting_noise, step
+from fewstep.samplers import abm, capture, deis, dpmpp, grids, init, sample, sde_dpmpp, starting_noise, step
 from fewstep.samplers.noise import normal, words
 
 SHAPES = {
@@ -27,6 +30,95 @@ SHAPES = {
     "Flux 1024, batch 1": (1, 16, 128, 128),
     "digits, batch 1024": (1024, 1, 8, 8),
 }
+
+
+def kernels_right(device: torch.device) -> dict:
+    """Every op's small cases, the kernel against the reference in float64: (error, tolerance), and who is out of it."""
+    answer: dict = {"wrong": []}
+    for name, module in cases.ops().items():
+        for case in module.CASES:
+            if case.real:
+                continue
+            arguments = case.make(device)
+            try:
+                run = module.launch if device.type == "cuda" else module.reference
+                gap = cases.error(run(**arguments), module.reference(**cases.exact(arguments)))
+                answer[f"{name}, {case.name}"] = (gap, case.tolerance)
+                right = gap <= case.tolerance
+            except Exception as error:  # one op's failure is a result
+                answer[f"{name}, {case.name}"], right = f"{type(error).__name__}: {error}", False
+            if not right:
+                answer["wrong"].append(f"{name}, {case.name}")
+    return answer
+
+
+def kernel_noise(device: torch.device) -> dict:
+    """The kernel's normals against the CPU's, and the same bits for every block and split of the batch."""
+    if device.type != "cuda":
+        return {"left out": "no kernel runs on a CPU"}
+    ids = torch.arange(64, device=device)
+    whole = normal(7, ids, (4, 64, 64), row=3)
+    cpu = normal(7, ids.cpu(), (4, 64, 64), row=3)
+    block, same = philox.BLOCK, []
+    for size in (64, 256, 2048):
+        philox.BLOCK = size
+        same.append(torch.equal(whole, normal(7, ids, (4, 64, 64), row=3)))
+    philox.BLOCK = block
+    split = torch.cat([normal(7, ids[k : k + 5], (4, 64, 64), row=3) for k in range(0, 64, 5)])
+    return {
+        "largest difference from a CPU": float((whole.cpu() - cpu).abs().max()),
+        "equal for every block": all(same),
+        "equal for every split": torch.equal(whole, split),
+    }
+
+
+def captured_loops(device: torch.device) -> dict:
+    """Ten calls of the embedded teacher: captured, as ``sample``, and in diffusers' loop; copies to the host."""
+    d = load("digits").to(device)
+    table, answer = abm(d.path, grids.vp(d.path, 10)), {}
+    plan = table.on(d, device)
+    for batch in (1, 16, 256) if device.type == "cuda" else (1,):
+        noise = starting_noise(0, batch, d.shape).to(device)
+        cond = {"label": torch.arange(batch, device=device) % 10}
+        fast = capture(d, table, noise.shape, cond, device=device)
+        gap = float((fast(noise, cond) - sample(d, noise, plan, cond=cond)).abs().max())
+        runs: dict[str, Callable] = {
+            "captured": functools.partial(fast, noise, cond, check="off"),
+            "sample": functools.partial(sample, d, noise, plan, cond=cond, check="off"),
+        }
+        runs |= _diffusers_loop(d, noise, cond)
+        times = bench.compare(runs, repeats=10, baseline="captured")["names"]
+        answer[f"batch {batch}"] = {"difference": gap, "times": times, "report": fast.report()}
+        if device.type == "cuda":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                fast(noise, cond, check="off")
+                torch.cuda.synchronize()
+            answer[f"batch {batch}"]["copies to the host"] = sum("DtoH" in e.name for e in profile.events())
+    return answer
+
+
+def _diffusers_loop(d: Denoiser, noise: torch.Tensor, cond: dict) -> dict[str, Callable]:
+    try:
+        from diffusers import EDMDPMSolverMultistepScheduler
+    except ImportError:
+        return {}
+
+    def run() -> torch.Tensor:
+        scheduler = EDMDPMSolverMultistepScheduler(sigma_max=80.0)
+        scheduler.set_timesteps(10, device=noise.device)
+        x = noise * scheduler.init_noise_sigma
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                scaled = scheduler.scale_model_input(x, t)
+                x = scheduler.step(d.call(scaled, t.expand(len(x)), **cond), t, x).prev_sample
+        return x
+
+    return {"diffusers": run}
+
+
+def kernel_times(device: torch.device) -> dict:
+    """Every kernel beside eager torch, torch.compile and the copy bandwidth, for as long as three minutes allow."""
+    return bench_kernels.run(device=device, minutes=3.0, repeats=10, say=lambda text: print(text, flush=True))
 
 
 def same_noise(device: torch.device) -> dict:
@@ -108,10 +200,16 @@ def _one_shape(shape: tuple[int, ...], device: torch.device) -> dict:
         for _ in range(5):
             state, _ = step(d, plan, state)
         runs[label] = functools.partial(step, d, plan, state)
+        runs[f"{label}, by torch"] = functools.partial(_by_torch, runs[label])
         if device.type == "cuda":
             runs[f"{label}, graph"] = _captured(runs[label])
     runs |= _diffusers_steps(noise, out)
     return bench.compare(runs, repeats=100, warmup=20, baseline="axpy")["names"]
+
+
+def _by_torch(run: Callable) -> None:
+    with dispatch.using("reference"):
+        run()
 
 
 def _captured(run: Callable) -> Callable:
@@ -163,7 +261,8 @@ def throughput(device: torch.device) -> dict:
     return results
 
 
-PARTS = (same_noise, same_samples, no_waiting, step_cost, throughput)
+PARTS = (kernels_right, kernel_noise, captured_loops, kernel_times, same_noise, same_samples, no_waiting, step_cost,
+         throughput)  # fmt: skip
 
 
 def main() -> None:
