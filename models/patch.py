@@ -21,11 +21,13 @@ shard, compile. Kernels have no forward-mode and no second derivatives; ``kernel
 
 from __future__ import annotations
 
+import ast
 import functools
 import hashlib
 import importlib
 import inspect
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -41,8 +43,8 @@ class Rule(NamedTuple):
     """What replaces the forward of one class.
 
     ``inner`` names the children that the new forward does not call, with their only possible class; ``check`` says why
-    an instance cannot be patched, or None. Both are asked again at every call. ``sources``: dotted names of the code
-    that is replaced, with what their text hashes to; empty for classes of this package.
+    an instance cannot be patched, or None. Both are asked again at every call. ``sources``: the code that
+    is replaced, as "module:attribute", and the fingerprints that it may have; empty for classes of this package.
     """
 
     forward: Callable[..., Any]
@@ -176,20 +178,37 @@ def rules() -> dict[str, Rule]:
 
 @functools.cache
 def _hash(name: str) -> str | None:
-    """What the source of "module:attribute" hashes to, without its white space; None if there is none to read."""
+    """The ``fingerprint`` of "module:attribute" as it is loaded; None if it has no source."""
     place, path = name.split(":")
     try:
-        text = inspect.getsource(functools.reduce(getattr, path.split("."), sys.modules[place]))
+        return fingerprint(inspect.getsource(functools.reduce(getattr, path.split("."), sys.modules[place])))
     except (KeyError, AttributeError, OSError, TypeError):
         return None
-    return hashlib.sha256("".join(text.split()).encode()).hexdigest()[:16]
+
+
+def fingerprint(source: str) -> str:
+    """What a function computes, as a hash: its arguments and statements without annotations, docstring and layout.
+
+    >>> fingerprint("def f(x: int, k=2): return x * k") == fingerprint("def f(x, k = 2) -> int: return x*k")
+    True
+    """
+    text = textwrap.dedent(source)
+    node = ast.parse(text).body[0]
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        raise TypeError(f"source must be a function's, got a {type(node).__name__}")
+    given = node.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    parts = [*given.defaults, *(d for d in given.kw_defaults if d is not None)]
+    parts += node.body[ast.get_docstring(node) is not None :] + node.decorator_list
+    pieces = [ast.get_source_segment(text, part) or "" for part in parts]
+    return hashlib.sha256("".join("\n".join(names + pieces).split()).encode()).hexdigest()[:16]
 
 
 def foreign(rule: Rule) -> str | None:
     """Why the code that ``rule`` replaces is not the code it was written for."""
     for name, known in rule.sources.items():
         if _hash(name) not in known:
-            return f"signature changed: {name.split(':')[1]} is not the one of diffusers 0.42"
+            return f"signature changed: {name.split(':')[1]} is none of diffusers 0.36 to 0.42"
     return None
 
 

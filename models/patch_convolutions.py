@@ -36,7 +36,7 @@ def _resnet(module: nn.Module) -> str | None:
     "group_norm_silu",
     inner=TWO,
     check=_resnet,
-    sources={f"{RESNET}:ResnetBlock2D.forward": ("e1834e748c5fb131",)},
+    sources={f"{RESNET}:ResnetBlock2D.forward": ("987d53cefdc4c8bf", "2f935d1a457ab647")},
 )
 def resnet_block(self, input_tensor, temb, *args, **kwargs):
     x = input_tensor

@@ -50,7 +50,7 @@ def _one_axis(*names: str):
     "layer_norm_modulate",
     inner=LAYER,
     check=_one_axis("norm"),
-    sources={f"{NORMALIZATION}:AdaLayerNormZero.forward": ("51382d7ba9537d28",)},
+    sources={f"{NORMALIZATION}:AdaLayerNormZero.forward": ("8114ae07da45573f",)},
 )
 def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
     if self.emb is not None:
@@ -63,7 +63,7 @@ def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=
     "layer_norm_modulate",
     inner=LAYER,
     check=_one_axis("norm"),
-    sources={f"{NORMALIZATION}:AdaLayerNormZeroSingle.forward": ("b33be1820cb44f10",)},
+    sources={f"{NORMALIZATION}:AdaLayerNormZeroSingle.forward": ("29ec63238a94f888",)},
 )
 def ada_layer_norm_zero_single(self, x, emb=None):
     shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
@@ -74,7 +74,7 @@ def ada_layer_norm_zero_single(self, x, emb=None):
     "layer_norm_modulate",
     inner=LAYER,
     check=_one_axis("norm"),
-    sources={f"{NORMALIZATION}:SD35AdaLayerNormZeroX.forward": ("035d8c5960425428",)},
+    sources={f"{NORMALIZATION}:SD35AdaLayerNormZeroX.forward": ("f4287c090991f9f6",)},
 )
 def sd35_ada_layer_norm_zero(self, hidden_states, emb=None):
     shift, scale, *rest, shift2, scale2, gate2 = self.linear(self.silu(emb)).chunk(9, dim=1)
@@ -89,7 +89,7 @@ def sd35_ada_layer_norm_zero(self, hidden_states, emb=None):
     "layer_norm_modulate",
     inner=LAYER,
     check=_one_axis("norm"),
-    sources={f"{NORMALIZATION}:AdaLayerNormContinuous.forward": ("6a75590f4fb9b748",)},
+    sources={f"{NORMALIZATION}:AdaLayerNormContinuous.forward": ("74b27c9279e82cd8",)},
 )
 def ada_layer_norm_continuous(self, x, conditioning_embedding):
     scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
@@ -103,7 +103,7 @@ def ada_layer_norm_continuous(self, x, conditioning_embedding):
     "gate_residual",
     inner={"norm2": nn.LayerNorm, "norm2_context": nn.LayerNorm},
     check=_one_axis("norm2", "norm2_context"),
-    sources={f"{FLUX}:FluxTransformerBlock.forward": ("85ae83ef6d8a56fb",)},
+    sources={f"{FLUX}:FluxTransformerBlock.forward": ("db0ff6a3b933ed93",)},
 )
 def flux_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
@@ -128,7 +128,7 @@ def flux_block(
     return text, x
 
 
-@replaces("gate_residual", sources={f"{FLUX}:FluxSingleTransformerBlock.forward": ("b1d5042d7e994482",)})
+@replaces("gate_residual", sources={f"{FLUX}:FluxSingleTransformerBlock.forward": ("c5871d4786839380",)})
 def flux_single_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
@@ -153,7 +153,7 @@ def _joint(module: nn.Module) -> str | None:
     "gate_residual",
     inner={"norm2": nn.LayerNorm, "norm2_context": nn.LayerNorm},
     check=_joint,
-    sources={f"{ATTENTION}:JointTransformerBlock.forward": ("7289a658820ca378",)},
+    sources={f"{ATTENTION}:JointTransformerBlock.forward": ("37709ad5538f5beb",)},
 )
 def sd3_block(self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs=None):
     x, text, options = hidden_states, encoder_hidden_states, joint_attention_kwargs or {}
@@ -179,7 +179,7 @@ def sd3_block(self, hidden_states, encoder_hidden_states, temb, joint_attention_
     "gate_residual",
     inner={"norm2": nn.LayerNorm},
     check=_one_axis("norm2"),
-    sources={f"{SD3}:SD3SingleTransformerBlock.forward": ("9eb91a939718d319",)},
+    sources={f"{SD3}:SD3SingleTransformerBlock.forward": ("db79d3f45496544f",)},
 )
 def sd3_single_block(self, hidden_states, temb):
     n, gate, shift, scale, gate_mlp = self.norm1(hidden_states, emb=temb)
@@ -204,7 +204,7 @@ def _basic(module: nn.Module) -> str | None:
     "gate_residual",
     inner={"norm2": nn.LayerNorm, "norm3": nn.LayerNorm},
     check=_basic,
-    sources={f"{ATTENTION}:BasicTransformerBlock.forward": ("1041ab3406a96968",)},
+    sources={f"{ATTENTION}:BasicTransformerBlock.forward": ("92edc86d918d47bc",)},
 )
 def basic_block(
     self,
@@ -266,9 +266,9 @@ def _flux_attention(module: nn.Module) -> str | None:
     "rms_norm_rotary",
     check=_flux_attention,
     sources={
-        f"{FLUX}:FluxAttention.forward": ("3f58f84303b595c8",),
-        f"{FLUX}:FluxAttnProcessor.__call__": ("620b83d19c5dc56d",),
-        "diffusers.models.embeddings:apply_rotary_emb": ("11726922bd1ef54d",),
+        f"{FLUX}:FluxAttention.forward": ("664291fb389a610e",),
+        f"{FLUX}:FluxAttnProcessor.__call__": ("6146fedda8f5a31d", "7660c439d8a35f44", "40a0557dbc38e055"),
+        "diffusers.models.embeddings:apply_rotary_emb": ("b2689889c60acc6c",),
     },
 )
 def flux_attention(
@@ -321,7 +321,9 @@ def _of_heads(module: nn.Module) -> str | None:
 
 
 @replaces(
-    "rms_norm_rotary", check=_of_heads, sources={f"{NORMALIZATION}:RMSNorm.forward": ("831092ec4a25a89b",)}
+    "rms_norm_rotary",
+    check=_of_heads,
+    sources={f"{NORMALIZATION}:RMSNorm.forward": ("1d712b32032366c3", "2e9413e45956b438")},
 )
 def rms_norm(self, hidden_states):
     x, weight = hidden_states, self.weight

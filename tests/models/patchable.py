@@ -53,8 +53,8 @@ def flux():
     net = FluxTransformer2DModel(**sizes, **dims, axes_dims_rope=[4, 4, 8])
 
     def call(m, x):
-        text = dict(encoder_hidden_states=x(1, 5, 32), pooled_projections=x(1, 32), txt_ids=x(5, 3))
-        return m(hidden_states=x(1, 16, 4), **text, timestep=x.of(TIMES[:1] / 10), img_ids=x(16, 3)).sample
+        text = dict(encoder_hidden_states=x(1, 3, 32), pooled_projections=x(1, 32), txt_ids=x(3, 3))
+        return m(hidden_states=x(1, 6, 4), **text, timestep=x.of(TIMES[:1] / 10), img_ids=x(6, 3)).sample
 
     return net, call
 
@@ -69,8 +69,8 @@ def sd3(**more):
     net = SD3Transformer2DModel(**sizes, **dims, pooled_projection_dim=32, pos_embed_max_size=8, **more)
 
     def call(m, x):
-        text = dict(encoder_hidden_states=x(2, 5, 16), pooled_projections=x(2, 32))
-        return m(hidden_states=x(2, 4, 8, 8), **text, timestep=x.of(TIMES)).sample
+        text = dict(encoder_hidden_states=x(2, 3, 16), pooled_projections=x(2, 32))
+        return m(hidden_states=x(2, 4, 4, 4), **text, timestep=x.of(TIMES)).sample
 
     return net, call
 
