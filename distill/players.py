@@ -23,13 +23,17 @@ from .student import Student
 
 
 class Players(NamedTuple):
-    """``features`` is the Denoiser whose layers the discriminator reads: the critic, or the teacher."""
+    """``features`` is the Denoiser whose layers the discriminator reads: the critic, or the teacher.
+
+    ``adapters``: where student and critic are adapters on the teacher's own network, their parameters.
+    """
 
     teacher: Denoiser
     student: Student
     critic: Denoiser | None = None
     discriminator: Discriminator | None = None
     features: Denoiser | None = None
+    adapters: tuple[nn.Module, nn.Module] | None = None
 
     def real(
         self,
@@ -50,10 +54,16 @@ class Players(NamedTuple):
         unconditional = self.teacher(x, t, **batch.null)
         return unconditional + guidance * (conditional - unconditional)
 
+    def student_module(self) -> nn.Module:
+        """What of the student is its own: its network, or its adapter."""
+        return self.student.d.net if self.adapters is None else self.adapters[0]
+
     def critic_modules(self) -> list[nn.Module]:
-        """What the critic's optimizer trains: the critic's network and the discriminator's heads."""
-        nets = [self.critic.net if self.critic is not None else None, self.discriminator]
-        return [net for net in nets if net is not None]
+        """What the critic's optimizer trains: the critic's network, or its adapter, and the discriminator's heads."""
+        if self.critic is None:
+            raise ValueError("this method trains a critic, and players.critic is None")
+        own = self.critic.net if self.adapters is None else self.adapters[1]
+        return [own] if self.discriminator is None else [own, self.discriminator]
 
 
 class Batch(NamedTuple):

@@ -28,6 +28,7 @@ from . import checkpoints, parallel
 from . import recipe as recipes
 from .data import Data, grid_mixture, open_data
 from .discriminator import discriminator_on
+from .lora import STUDENT, merged, share_network
 from .methods.phased import PhasedDMD, phased_student
 from .parallel import Ranks, shard, whole
 from .players import Players
@@ -59,16 +60,21 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
     else:
         s = recipe.student
         student = few_steps(parent.copy(), s.steps, s.sampler, s.times, s.t_max)
-    critic = parent.copy()
+    critic, adapters = parent.copy(), None
+    if recipe.lora.rank:
+        if isinstance(method, PhasedDMD):
+            raise ValueError("lora.rank > 0 is not for phased DMD: its experts are networks of their own")
+        teacher, made, critic, adapters = share_network(teacher, **asdict(recipe.lora))
+        student = student._replace(d=made)
     gan = getattr(method, "gan", None)
     if gan is None or not (gan.student or hasattr(method, "divergence")):
-        return Players(teacher, student, critic)
+        return Players(teacher, student, critic, adapters=adapters)
     if gan.features not in ("critic", "teacher"):
         raise ValueError(f"method.gan.features must be critic or teacher, got {gan.features!r}")
     source = critic if gan.features == "critic" else teacher
     probe = data.batch(_probe(recipe))
     heads = discriminator_on(source, gan.layers, torch.zeros(2, *data.shape), probe.cond, gan.width)
-    return Players(teacher, student, critic, heads, source)
+    return Players(teacher, student, critic, heads, source, adapters)
 
 
 def _probe(recipe: DistillRecipe):
@@ -103,6 +109,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     _claim(folder, recipe, ranks)
     teacher = open_teacher(recipe)
     data = open_data(recipe.data, teacher)
+    exam = set_exam(teacher, data, recipe.report.exam)
     players = cast(recipe, method, teacher, data)
     for net in _networks(players):
         shard(net.to(ranks.device), recipe.shard, ranks)
@@ -116,7 +123,6 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
         trainer.load_state(state)
     if ranks.first:
         _drop_after(folder, trainer.iteration)
-    exam = set_exam(teacher, data, recipe.report.exam)
     best = _best(folder)
     sinks = open_sinks(recipe.report.sinks, folder, asdict(recipe)) if ranks.first else []
     for index, say in track(
@@ -231,7 +237,8 @@ def _finish(trainer: Trainer, folder: Path, exam: Exam) -> None:
 
     student: Student = trainer.players.student
     with trainer.averaged():
-        tensors = {k: whole(v.detach()).clone() for k, v in student.d.net.state_dict().items()}
+        net = student.d.net if trainer.players.adapters is None else merged(student.d.net, STUDENT)
+        tensors = {k: whole(v.detach()).clone() for k, v in net.state_dict().items()}
     if not trainer.ranks.first:
         return
     experts = getattr(student.d, "experts", None)

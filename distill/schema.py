@@ -37,6 +37,20 @@ class StudentRecipe:
 
 
 @dataclass
+class LoraRecipe:
+    """Student and critic as adapters of ``rank`` on the teacher's one frozen network (0: networks of their own).
+
+    ``targets``: suffixes of the names of the layers that get them (default: every linear layer and convolution);
+    ``checkpoint``: recompute the forward in the backward pass, and keep no activations.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    targets: list[str] | None = None
+    checkpoint: bool = False
+
+
+@dataclass
 class Optim:
     """AdamW for both; ``clip`` is of the gradient's norm. The rate does not decay, so a run can be prolonged."""
 
@@ -88,6 +102,7 @@ class DistillRecipe:
     name: str = "run"
     teacher: TeacherChoice = field(default_factory=TeacherChoice)
     student: StudentRecipe = field(default_factory=StudentRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})
     data: DataRecipe = field(default_factory=DataRecipe)
     optim: Optim = field(default_factory=Optim)

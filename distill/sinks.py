@@ -1,7 +1,7 @@
-"""Where a run's numbers go besides its metrics.jsonl: TensorBoard or Weights & Biases, where the recipe asks for them.
+"""Where a run's numbers go besides its metrics.jsonl: TensorBoard or Weights & Biases, where its recipe asks.
 
-Neither is needed, neither is imported before, and neither goes online by itself: W&B writes into the run's folder unless
-WANDB_MODE says otherwise.
+Neither is needed, neither is imported before, and neither goes online by itself: W&B writes into the run's folder
+unless WANDB_MODE says otherwise.
 """
 
 from __future__ import annotations

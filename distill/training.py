@@ -60,7 +60,7 @@ class Trainer:
 
     def _trained(self) -> list[nn.Module]:
         experts = getattr(self.players.student.d, "experts", None)
-        return [self.players.student.d.net] if experts is None else [experts[self.method.phase].net]
+        return [self.players.student_module()] if experts is None else [experts[self.method.phase].net]
 
     def turn(self) -> dict[str, float]:
         """One iteration: ``critic_steps`` updates of the critic, one of the student; the numbers it gave."""
@@ -131,7 +131,7 @@ class Trainer:
 
         names = [name for name, _ in self._student_turn.named_parameters()]
         return {
-            "student": self.players.student.d.net.state_dict(),
+            "student": self.players.student_module().state_dict(),
             "critic": self._critic_turn.state_dict(),
             "average": dict(zip(names, self.average, strict=True)),
             "optimizers": {
@@ -146,7 +146,7 @@ class Trainer:
         """Back to what ``state`` told, after its tensors were filled."""
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
-        self.players.student.d.net.load_state_dict(state["student"])
+        self.players.student_module().load_state_dict(state["student"])
         self._critic_turn.load_state_dict(state["critic"])
         for module, optimizer, key in zip(
             (self._student_turn, self._critic_turn), self.optimizers, ("student", "critic"), strict=True
