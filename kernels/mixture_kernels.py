@@ -17,8 +17,7 @@ from .lang import ceil_div, interpreting, jit, next_power_of_2, tl
 SPLITS = 16  # parts of the rows, so that few queries keep a GPU busy
 ROWS = 1024  # at least, a part
 WORKSPACE = 2**26  # numbers, in all parts together
-# queries and rows a tile, and warps, by the padded dimension: without spills on every target
-TILES = {16: (32, 32, 4), 32: (32, 32, 4), 64: (32, 64, 8), 128: (32, 64, 8)}
+TILE = 32  # queries, and rows: more spills somewhere between sm_80, sm_100, 64 and 128 dimensions
 
 
 @jit
@@ -316,12 +315,11 @@ def _sizes(rows: torch.Tensor, variances: torch.Tensor | None) -> dict[str, Any]
 def _run(kernel, query, alpha, sigma, rows, mixture, label, given, parts) -> None:
     log_weights, variances, labels = mixture
     sizes, (splits, each) = _sizes(rows, variances), _splits(len(rows))
-    bq, bk, warps = TILES[sizes["PAD"]]
     with torch.cuda.device_of(query):
-        kernel[(ceil_div(len(query), bq), splits)](
+        kernel[(ceil_div(len(query), TILE), splits)](
             query.mT.contiguous(), rows, rows.mT.contiguous(), alpha, sigma, log_weights, variances, label, labels,
-            *given, *parts, len(query), len(rows), each, **sizes, BQ=bq, BK=bk, PRECISION=_precision(),
-            WEIGHTED=log_weights is not None, LABELLED=labels is not None, num_warps=warps, num_stages=1,
+            *given, *parts, len(query), len(rows), each, **sizes, BQ=TILE, BK=TILE, PRECISION=_precision(),
+            WEIGHTED=log_weights is not None, LABELLED=labels is not None, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
