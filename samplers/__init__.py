@@ -1,6 +1,6 @@
 """Solvers as data, and the one loop that runs them."""
 
-from . import grids
+from . import grids, targets
 from .abm import abm
 from .adapters import adapted
 from .best_of_n import best_of_n, importance
@@ -15,6 +15,7 @@ from .dpmpp import dpm, dpmpp
 from .dps import dps
 from .ersde import ersde
 from .euler import euler
+from .feynman_kac import feynman_kac
 from .guidance import autoguidance, cfg, rlg
 from .guide import Guide
 from .heun import heun
@@ -44,12 +45,11 @@ from .usf import usf
 
 __all__ = [
     "Blend", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted", "autoguidance",
-    "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp",
-    "dps", "ersde", "euler", "fast_orders", "feature_distance", "grids", "heun", "importance", "init",
+    "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "dps",
+    "ersde", "euler", "fast_orders", "feature_distance", "feynman_kac", "grids", "heun", "importance", "init",
     "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score", "multistep", "pndm", "restart",
-    "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise",
-    "steer", "step", "svdd", "take", "teleport", "time_shift", "tree_sample", "tree_search", "unipc",
-    "usf",
+    "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer",
+    "step", "svdd", "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc", "usf",
 ]  # fmt: skip
 
 

@@ -187,9 +187,9 @@ class Walk:
             rate = log_rate(state.y, outputs, self.leaves, exponents, rule.t, divergence)
             gain, cloud = self._integrated(rate, cloud.rate, step), cloud._replace(rate=rate)  # type: ignore[arg-type]
         z = None
-        if rule.draws:
+        if rule.draws and self.guided:  # whose weights need it; else it is drawn where it is added
             z = normal(seeds, state.ids, state.x.shape[1:], row + 1, STEP, state.x.dtype)
-        moved = cloud._replace(sampler=loop.apply(rule, state, outputs, z))
+        moved = cloud._replace(sampler=loop.apply(rule, state, outputs, z, seeds))
         if self.tilt is not None:
             moved, more = self._tilted(cloud, moved, row, outputs, exponents, z)
             gain = gain + more
