@@ -100,7 +100,8 @@ def one(
 ) -> dict[str, Any]:
     """A row: errors against float64, seconds of every provider, ratios to "triton" (to "eager" without a GPU)."""
     arguments = case.make(device)
-    providers = _providers(module, mode, compile_mode, device)
+    names = _differentiable(module, arguments) if mode == "both" else []
+    providers = _providers(module, mode, compile_mode, device, names)
     failed: dict[str, str] = {}
     with torch.set_grad_enabled(mode != "forward"):
         exact = providers["eager"](cases.exact(arguments))
@@ -145,9 +146,9 @@ def one(
 
 
 def _providers(
-    module: ModuleType, mode: str, compile_mode: str, device: torch.device
+    module: ModuleType, mode: str, compile_mode: str, device: torch.device, names: Sequence[str]
 ) -> dict[str, Callable[[dict], Any]]:
-    """Functions of an op's arguments. Mode "both" goes forward and back to all inputs that can have gradients."""
+    """Functions of an op's arguments. Mode "both" goes forward and back to the inputs ``names``."""
     compiled = None
     if device.type == "cuda" and compile_mode != "off":
         torch._dynamo.reset()
@@ -162,23 +163,25 @@ def _providers(
         return lambda arguments: function(**arguments)
 
     def both(function: Callable) -> Callable[[dict], Any]:
-        def there_and_back(arguments: dict) -> list:
-            leaves = {
-                k: v.detach().requires_grad_()
-                for k, v in arguments.items()
-                if isinstance(v, torch.Tensor) and v.is_floating_point()
-            }
-            given = [
-                t for t in cases.tensors(function(**arguments | leaves)) if t.requires_grad and t.numel()
-            ]
-            found = torch.autograd.grad(given, list(leaves.values()), [torch.ones_like(t) for t in given],
-                                        allow_unused=True)  # fmt: skip
-            return [g for g in found if g is not None]
-
-        return there_and_back
+        return lambda arguments: [g for g in _gradients(function, arguments, names).values() if g is not None]
 
     wrap = forwards if mode == "forward" else both
     return {name: wrap(function) for name, function in forward.items() if function is not None}
+
+
+def _gradients(function: Callable, arguments: dict, names: Sequence[str]) -> dict[str, torch.Tensor | None]:
+    """Of the arguments ``names``, for results that are weighed with fixed normals: their plain sum may be constant."""
+    leaves = {k: arguments[k].detach().requires_grad_() for k in names}
+    given = [t for t in cases.tensors(function(**arguments | leaves)) if t.requires_grad and t.numel()]
+    weights = [cases.randn(*t.shape, seed=1000 + k).to(t) for k, t in enumerate(given)]
+    found = torch.autograd.grad(given, list(leaves.values()), weights, allow_unused=True)
+    return dict(zip(leaves, found))
+
+
+def _differentiable(module: ModuleType, arguments: dict) -> list[str]:
+    """The arguments for which the op has gradients."""
+    floats = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return [k for k, g in _gradients(module.op, arguments, floats).items() if g is not None]
 
 
 def _cycled(provider: Callable[[dict], Any], many: list[dict]) -> Fn:
