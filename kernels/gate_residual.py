@@ -294,6 +294,15 @@ def _run(
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
+def unfused(x, h, gate, norm, scale, shift, weight, bias, eps):
+    """As models write it, in the dtype of x."""
+    r = x + h if gate is None else x + gate * h
+    return r, r.new_empty(0) if norm == "none" else norms.unfused(r, scale, shift, weight, bias, eps)
+
+
+RIVALS = {"unfused": unfused}
+
+
 def _case(
     batch: int,
     count: int,

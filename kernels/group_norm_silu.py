@@ -383,6 +383,19 @@ def _check(
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
+def unfused(x, groups, weight, bias, add, eps, activation):
+    """As models write it, in the dtype of x."""
+    v = x if add is None else x + _spread(add, x)
+    each = weight is not None and weight.ndim == 2
+    shape = (*v.shape[:2], v.shape[2:].numel(), groups, eps)
+    v, mean, rstd = torch.native_group_norm(v, *((None, None) if each else (weight, bias)), *shape)
+    v = v * _spread(weight, x) + _spread(bias, x) if each else v
+    return functional.silu(v) if activation == "silu" else v, mean, rstd
+
+
+RIVALS = {"unfused": unfused}
+
+
 def _case(
     *shape: int,
     groups: int = 32,

@@ -240,6 +240,15 @@ def modulations(
 # --- cases -----------------------------------------------------------------------------------------------------------
 
 
+def unfused(x, scale, shift, weight, bias, eps):
+    """As models write it, in the dtype of x."""
+    y = functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return y if scale is None else y * (1 + scale) + shift
+
+
+RIVALS = {"unfused": unfused}
+
+
 def _case(
     batch: int,
     count: int,

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from .cases import Case, randn
 from .dispatch import choose, runs_on
@@ -320,6 +321,21 @@ def _check(
 
 
 # --- cases -----------------------------------------------------------------------------------------------------------
+
+
+def unfused(x, weight, cos, sin, before, before_weight, layout, start, eps):
+    """As models write it: the norms in the dtype of x, the rotation of all tokens or of some in float32."""
+    n = functional.rms_norm(x, x.shape[-1:], weight, eps)
+    if before is not None:
+        n = torch.cat([functional.rms_norm(before, x.shape[-1:], before_weight, eps), n], 1)
+    if cos is None:
+        return n
+    some = n[:, start : start + len(cos)]
+    out = (some.float() * cos[:, None] + turned(some, layout).float() * sin[:, None]).to(x.dtype)
+    return out if out.shape == n.shape else torch.cat([n[:, :start], out, n[:, start + len(cos) :]], 1)
+
+
+RIVALS = {"unfused": unfused}
 
 
 def _case(

@@ -52,6 +52,13 @@ def test_the_gradients_formulas(case):
         assert torch.equal(expected["x"], expected["h"])
 
 
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_the_rival_computes_the_same(case):
+    """What benchmarks time beside it."""
+    a = case.make("cpu")
+    assert cases.error(gates.unfused(**a), gates.reference(**a)) <= 2e-6
+
+
 def test_gradcheck():
     make = gates._case(2, 3, 5, norm="layer_norm", modulated=1, affined=True)
     a, leaves = double(SMALL[0]._replace(make=make))

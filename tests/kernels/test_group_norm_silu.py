@@ -70,6 +70,13 @@ def test_a_modulated_norm_in_a_residual_block():
     assert cases.error(one, other) < 1e-13
 
 
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_the_rival_computes_the_same(case):
+    """What benchmarks time beside it."""
+    a = case.make("cpu")
+    assert cases.error(groups.unfused(**a), groups.reference(**a)) <= 2e-6
+
+
 def test_gradcheck():
     a, leaves = double(SMALL[0]._replace(make=groups._case(2, 4, 3, groups=2, added=True)))
     names, rest = list(leaves), {k: a[k] for k in ("groups", "eps", "activation")}

@@ -49,6 +49,13 @@ def test_the_gradients_formulas(case):
             assert not gradient.numel()
 
 
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_the_rival_computes_the_same(case):
+    """What benchmarks time beside it."""
+    a = case.make("cpu")
+    assert cases.error(norms.unfused(**a), norms.reference(**a)) <= 2e-6
+
+
 def test_gradcheck():
     a, leaves = double(
         SMALL[0]._replace(make=norms._case(2, 3, 5, affined=True)),

@@ -84,6 +84,13 @@ def test_the_gradients_formulas(case):
         assert (cases.error(dweight, expected[gain]) < 1e-13) if gain in leaves else not dweight.numel()
 
 
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_the_rival_computes_the_same(case):
+    """What benchmarks time beside it."""
+    a = case.make("cpu")
+    assert cases.error(rotary.unfused(**a), rotary.reference(**a)) <= 2e-6
+
+
 def test_gradcheck():
     make = rotary._case(1, 3, 2, 4, turns=4, start=1, ahead=2)
     a, leaves = double(SMALL[0]._replace(make=make))
