@@ -120,6 +120,7 @@ def feynman_kac(
         )
     groups, device = len(noise), noise.device
     densities = target.bind(tuple(d) if isinstance(d, (list, tuple)) else (d,), _spreader(groups, particles))
+    target.check_branches(densities, cond or {})
     plan = _plan(densities, table, drift, noise)
     walk = Walk(densities, plan, drift, probes, target.tilt, clip, quadrature, particles)
     ids = torch.arange(groups, device=device) if ids is None else check_ids(ids, groups).to(device)

@@ -34,11 +34,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..models.denoiser import Denoiser
+from ..models.denoiser import NULL, Denoiser
 from ..models.paths import Path
 from ..models.rewards import Reward, Space, checked
 from . import guidance
-from .blend import Blend, given
+from .blend import Blend, Composite, given
 from .guidance import ClassifierFree, number
 from .powers import Powers
 
@@ -46,6 +46,11 @@ Denoisers = tuple[Denoiser, ...]
 Condition = Mapping[str, Any]
 Spread = Callable[[Condition], dict[str, Any]]
 Gradient = Literal["none", "half", "full"]
+
+ONE_BRANCH = (
+    "target {} needs a model with an unconditional branch, or uncond=..: this one has none (guidance that was "
+    "distilled into a network, as Flux's, leaves one branch)"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,13 @@ class Target:
                 "estimate of x0 is none; set rescale to 0"
             )
         return bound
+
+    def check_branches(self, d: Denoiser, cond: Condition) -> None:
+        """``ValueError`` where guidance in d leads away from a null that the condition does not carry."""
+        if isinstance(d, ClassifierFree) and d.null is None and cond.get(NULL) is None:
+            raise ValueError(ONE_BRANCH.format(self.name))
+        for child in d.children if isinstance(d, Composite) else ():
+            self.check_branches(child, cond)
 
 
 def own() -> Target:
@@ -170,10 +182,7 @@ def cfg(
         except ValueError as error:
             if null is not None or "null" not in str(error):
                 raise
-            raise ValueError(
-                "target cfg needs a model with an unconditional branch, or uncond=..: this one has none (guidance "
-                f"that was distilled into a network leaves one branch). {error}"
-            ) from None
+            raise ValueError(f"{ONE_BRANCH.format('cfg')}. {error}") from None
         return (guided if cond is None else given(guided, spread(cond)),), (1.0,)
 
     return Target("cfg", bind)
