@@ -27,6 +27,7 @@ from ..samplers import Table
 from . import checkpoints, parallel
 from . import recipe as recipes
 from .data import Data, grid_mixture, open_data
+from .disback import Backtrack, record, recorded
 from .discriminator import discriminator_on
 from .lora import STUDENT, merged, share_network
 from .methods.phased import PhasedDMD, phased_student
@@ -111,6 +112,8 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     data = open_data(recipe.data, teacher)
     exam = set_exam(teacher, data, recipe.report.exam)
     players = cast(recipe, method, teacher, data)
+    back = _backtrack(recipe, players, data, folder)
+    players = players if back is None else back.begin(players)
     for net in _networks(players):
         shard(net.to(ranks.device), recipe.shard, ranks)
     found = checkpoints.newest(folder / "checkpoints")
@@ -133,6 +136,8 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
         phase = _phase(method, recipe, index)
         if phase != method.phase:
             trainer.next_phase(phase, fresh_critic.copy())
+        if back is not None:
+            back.at(index)
         numbers = trainer.turn()
         say(**{k: numbers[k] for k in ("loss", "critic") if k in numbers})
         best = _report(trainer, folder, exam, numbers, best, sinks)
@@ -155,6 +160,20 @@ def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
     if ranks.first:
         write_atomically(config, OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))))
     ranks.wait()
+
+
+def _backtrack(recipe: DistillRecipe, players: Players, data: Data, folder: Path) -> Backtrack | None:
+    if not recipe.disback.nodes:
+        return None
+    if recipe.lora.rank or recipe.shard != "replicate" or getattr(players.student.d, "experts", None):
+        raise ValueError(
+            "disback.nodes > 0 is for whole networks on each rank: not with lora, fsdp or phases"
+        )
+    train, optim = recipe.train, recipe.optim
+    nodes = recorded(
+        folder, lambda: record(players, data, recipe.disback, recipe.seed, train.batch, optim.critic_lr)
+    )
+    return Backtrack(players.teacher, nodes, recipe.disback.interval)
 
 
 def _networks(players: Players) -> list[torch.nn.Module]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import recipe as recipes
 from .data import DataRecipe
+from .disback import DisBackRecipe
 from .methods import METHODS
 
 
@@ -104,6 +105,7 @@ class DistillRecipe:
     student: StudentRecipe = field(default_factory=StudentRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})
+    disback: DisBackRecipe = field(default_factory=DisBackRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
