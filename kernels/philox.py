@@ -120,7 +120,7 @@ def four_normals(seed, id, element, row, stream: tl.constexpr):
     return z0, z1, z2, z3
 
 
-@jit
+@jit(do_not_specialize_on_alignment=["seeds", "ids", "rows"])
 def normals_kernel(
     out, seeds, ids, rows, count, seed_each, row_each, STREAM: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -136,7 +136,11 @@ def _add_to_all(sums, value, weights, ok, SOURCE: tl.constexpr, MASKS: tl.conste
     return new, x, y, u, v
 
 
-@jit
+# a row's counter may stand anywhere, and tables are of any length: neither is worth another compile
+@jit(
+    do_not_specialize=["draws", "row_count", "lane_count"],
+    do_not_specialize_on_alignment=["rows", "lanes", "slots", "limits", "seeds", "ids", "table"],
+)
 def step_kernel(
     x, y, z, history, outputs, table, rows, lanes, slots, limits, seeds, ids, out_x, out_y, stored, partials,
     count, draws, row_count, lane_count, SUMS: tl.constexpr,
@@ -199,7 +203,7 @@ def step_kernel(
     if (READ >> 2) & 1:
         if DRAWS:
             draw = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-            if FLAT:  # a sample has a whole number of draws
+            if FLAT:  # it is one sample, or each has a whole number of draws
                 real = draw * 4 < count
                 whose, draw = draw // draws, draw % draws
                 seed, id = tl.load(seeds + whose * SEED_EACH, mask=real), tl.load(ids + whose, mask=real)
@@ -277,7 +281,7 @@ def launch(
             x, y, z, tuple(x if t is None else t for t in held) or (x,), tuple(given) or (x,), table, row, lane, slots,
             limit, seed, ids, results[0], results[1] if masks[YS] else None,
             tuple(results[1 + bool(masks[YS]) :]) or (x,), partials,
-            count, total // batch // 4, *table.shape[:3], *each,
+            count, ceil_div(total // batch, 4), *table.shape[:3], *each,
             HELD=len(held), PRESENT=sum(1 << k for k, t in enumerate(held) if t is not None), OUTPUTS=len(given),
             MASKS=(*masks, 0, 0)[:6], SLOT=slot, DRAWS=seed is not None, CLIPS=limit is not None, FLAT=flat,
             BLOCK=block, num_warps=max(1, min(4, block // 256)),
@@ -479,6 +483,7 @@ CASES = [
     Case("five dimensions, two registers", _case((2, 2, 3, 4, 5), held=3, outputs=3, slot=2, two=True, unwritten=0)),
     Case("noise, flat", _case((3, 4, 5), draws=True), tolerance=2e-6),
     Case("noise, ragged", _case((3, 7, 3), held=1, slot=0, draws=True, clips=True), tolerance=2e-6),
+    Case("noise, ragged, alone", _case((1, 7, 3), draws=True), tolerance=2e-6),
     Case("all of it", _case((3, 2, 600), 3, 3, draws=True, clips=True, products=True, apart=True, two=True),
          tolerance=2e-6),
     Case("apart", _case((7, 33), held=2, outputs=2, apart=True, unwritten=1)),
