@@ -334,6 +334,19 @@ def test_the_predictor_ranks_what_it_has_not_seen():
     assert np.array_equal(predict(x[:5]), ranker(x[:300], score[:300], seed=3)(x[:5]))
 
 
+def test_the_predictor_descends_on_its_loss():
+    """Its slopes, which are written out by hand, are those of autograd."""
+    from fewstep.samplers.ranker import _slopes
+
+    rng = np.random.default_rng(0)
+    weights, x = [rng.standard_normal(shape) for shape in ((7, 5), (5,), (5,))], rng.standard_normal((12, 7))
+    v, offset, out = leaves = [torch.tensor(w, requires_grad=True) for w in weights]
+    f = torch.nn.functional.silu(torch.as_tensor(x) @ v + offset) @ out
+    torch.nn.functional.softplus(f[:6] - f[6:]).mean().backward()
+    for slope, leaf in zip(_slopes(weights, x), leaves, strict=True):
+        assert np.abs(slope - leaf.grad.numpy()).max() < 1e-14
+
+
 def test_a_predictor_learns_from_scores_of_another_kind_while_its_own_are_few():
     rng = np.random.default_rng(1)
     x = rng.standard_normal((500, 10))
