@@ -158,13 +158,16 @@ def load_pipeline(pipe: Any, **size: int | None) -> Denoiser:
         asked = _clearly(pipe, fixed | {"class_labels": [0]} | ({switch: 2.0} if switch else {}))
     else:
         asked = _clearly(pipe, fixed)
+    distilled = text and any(name in asked.cond for name in DISTILLED)
+    scale = "guidance_scale" if distilled else switch
+    if distilled and switch == scale:  # it means the scale that the network is told
+        switch = None
     embed = functools.partial(_embed, pipe, fixed, switch, asked.shared) if text else None
     d = denoiser_of(pipe, asked)
     d.codec = codec_of(pipe, asked, embed)
     if d.codec is not None:
-        d.codec.distilled = text and any(name in asked.cond for name in DISTILLED)
-        said = "guidance_scale" if d.codec.distilled else switch
-        d.codec.guidance = float(takes[said].default) if said in takes else 1.0
+        d.codec.distilled = distilled
+        d.codec.guidance = float(takes[scale].default) if scale in takes else 1.0
     return d
 
 
