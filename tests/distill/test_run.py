@@ -182,7 +182,7 @@ def test_print_config_and_dry_run_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["dmd2-mixture", *TINY, "--print-config"]) == 0
     assert "hidden_size: 16" in capsys.readouterr().out
-    assert main(["dmd2-mixture", *TINY, "--dry-run"]) == 0
+    assert main(["dmd2-mixture", "--dry-run", *TINY]) == 0
     assert "1 calls" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
