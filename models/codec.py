@@ -108,7 +108,7 @@ class Codec:
         vae: nn.Module | None = None,
         embed: Callable[..., Condition] | None = None,
         grid: tuple[int, int] | None = None,
-        batch: int = 8,
+        batch: int = 4,
         null: Mapping[str, Any] | None = None,
         guidance: float = 1.0,
         distilled: bool = False,
@@ -158,7 +158,8 @@ class Codec:
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         with _in_full(self.vae) as dtype:
-            z = self.vae.encode(images.to(self._device, dtype), return_dict=False)[0].mode().float()
+            found = self.vae.encode(images.to(self._device, dtype), return_dict=False)[0]
+            z = (found if isinstance(found, torch.Tensor) else found.mode()).float()
         mean, std, scale = self._moments(z)
         return self._packed((z - mean) / std * scale)
 
@@ -175,7 +176,10 @@ class Codec:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.vae.parameters()).device
+        execution = getattr(
+            self.pipe, "_execution_device", None
+        )  # elsewhere than the weights, if these are offloaded
+        return next(self.vae.parameters()).device if execution is None else execution
 
     def _moments(self, like: torch.Tensor) -> tuple[Any, Any, float]:
         """(mean, std, scale) with  y = (z - mean) / std * scale."""

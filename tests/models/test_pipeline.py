@@ -22,7 +22,7 @@ from diffusers.pipelines.wan import pipeline_wan
 from PIL import Image
 
 from fewstep import cli
-from fewstep.models import Codec, Condition, Denoiser, decode, in_blocks, load
+from fewstep.models import Codec, Condition, Denoiser, decode, encode, in_blocks, load
 from fewstep.models.pipeline import ask, intercepted, network
 from fewstep.models.scheduler_meaning import scheduler_meaning
 from fewstep.samplers import FewstepScheduler, cfg, ddim, euler, grids, rlg, sample, search, starting_noise
@@ -226,6 +226,8 @@ def test_a_folder_is_loaded_as_the_pipeline_is(name, tmp_path):
     assert (d(x, t, **cond) - live(x, t, **(condition(name, live) or {}))).abs().max() <= 1e-5
     images = decode(d, x)
     assert (images - decode(live, x)).abs().max() <= 1e-5 and images.dtype == torch.float32
+    latents = encode(d, images)
+    assert latents.shape == x.shape and (latents - encode(live, images)).abs().max() <= 1e-4
 
 
 # --- what a pipeline says when it is asked ------------------------------------------------------------------
