@@ -1,6 +1,7 @@
 """The ``fewstep`` command: a thin skin. A verb is a module with a ``main(argv)``, imported when it is used.
 
 fewstep sample digits --solver deis --order 3 --steps 10 --num 64 --seed 0 --out samples.png
+fewstep sample path/to/sdxl --prompt "a fox" --negative blurry --steps 8 --out fox.png
 fewstep solvers
 fewstep table deis --steps 6 --path vp_linear
 fewstep search digits --nfe 5 --out table.json
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 VERBS = {
-    "sample": (".sample", "samples from a model, as one picture, an .npz, or a folder of PNGs"),
+    "sample": (".sample", "samples from a model or a pipeline, as one picture, an .npz, or a folder of PNGs"),
     "solvers": (".solvers", "lists every solver: options, calls a step, order of convergence, paper"),
     "table": (".table", "prints a solver's coefficients on a path, draws or saves them"),
     "convert": (".convert", "a checkpoint of EDM or EDM2 as safetensors, without running its pickled code"),
