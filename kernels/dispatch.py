@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+from torch.autograd import forward_ad
 
 from .lang import available, interpreting
 
@@ -51,6 +52,8 @@ def choose(
     if wanted == "reference":
         return "reference"
     reason = unsupported or absent(next((t.device for t in tensors if t is not None), torch.device("cpu")))
+    if reason is None and forward_ad._current_level >= 0:  # custom ops would drop the tangents without a word
+        reason = "forward-mode derivatives are taken here, and kernels have none"
     if reason is None:
         return "triton"
     if wanted == "triton":

@@ -10,7 +10,8 @@ and children stay the same objects, so state dicts, LoRA (before or after), EMA 
 they are. Layers that adapters may wrap are always called as modules. A module whose norms were exchanged or hooked
 later runs its own forward again, and so does a class of diffusers whose source is not the one known here: it is
 reported, never computed by guess. Attention is left to diffusers' and torch's backends. The order is load, LoRA, patch,
-shard, compile. Kernels have no forward-mode and no second derivatives; ``kernels.dispatch.using("reference")`` has.
+shard, compile. Forward-mode derivatives run the references by themselves; second derivatives of kernels do not exist:
+take them under ``kernels.dispatch.using("reference")``.
 
     >>> from fewstep.models import DiT, DiTConfig
     >>> net = DiT(DiTConfig(sample_size=8, hidden_size=16, depth=2, num_heads=2))

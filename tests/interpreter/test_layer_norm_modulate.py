@@ -97,3 +97,21 @@ def test_only_what_is_wanted_is_summed(monkeypatch):
     a["x"].requires_grad_()
     layer_norm_modulate(**a).sum().backward()
     assert asked == [[False, False]] and a["x"].grad is not None
+
+
+def test_forward_mode_is_the_references():
+    """A custom op would drop the tangent: dispatch takes the reference there, and refuses to be asked otherwise."""
+    x, v = cases.randn(2, 5, 16), cases.randn(2, 5, 16, seed=1)
+    y, slope = torch.func.jvp(layer_norm_modulate, (x,), (v,))
+    step = 1e-6
+    ahead, behind = (norms.reference(x.double() + k * step * v.double()) for k in (1, -1))
+    assert cases.error(slope, (ahead - behind) / (2 * step)) < 1e-5
+    with pytest.raises(ValueError, match="forward-mode derivatives are taken here, and kernels have none"):
+        torch.func.jvp(lambda x: layer_norm_modulate(x, impl="triton"), (x,), (v,))
+
+
+def test_second_derivatives_are_refused():
+    x = cases.randn(2, 5, 16).requires_grad_()
+    (slope,) = torch.autograd.grad(layer_norm_modulate(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(slope.square().sum(), x)

@@ -53,3 +53,16 @@ def test_references_on_request(monkeypatch):
         monkeypatch.setattr(op, "launch", None)
     with patch(net), dispatch.using("reference"):
         assert torch.allclose(call(net), expected, atol=1e-5)
+
+
+def test_a_patched_model_compiles_as_one_graph(monkeypatch):
+    """Its kernels are opaque ops in it, with their gradients."""
+    net, call = zoo.made(zoo.our_dit, torch.float32)
+    with patch(net):
+        expected = zoo.gradients(net, call)
+        fast = torch.compile(net, backend="aot_eager", fullgraph=True)
+        ran, launch = [], gate_residual.launch
+        monkeypatch.setattr(gate_residual, "launch", lambda *a: ran.append(1) or launch(*a))
+        y = call(fast)
+        found = y.detach(), torch.autograd.grad(y.sin().sum(), list(net.parameters()), allow_unused=True)
+        assert ran and max(zoo.apart(found, expected)) < 1e-5
