@@ -36,10 +36,9 @@ def scheduler_meaning(config: Mapping[str, Any], mu: float | None = None) -> dic
     >>> round(scheduler_meaning({"shift": 3.0, "use_dynamic_shifting": True}, mu=1.15)["path"].shift, 3)
     3.158
     """
-    if str(config.get("_class_name")).startswith("EDM") and config.get("prediction_type") == "epsilon":
-        path = paths.edm(config.get("sigma_max", 80.0), config.get("sigma_min", 0.002))
-        return {"path": path, "predicts": "x0", "precond": "edm", "sigma_data": config.get("sigma_data", 0.5)}
     path, predicts = network({**config, "prediction_type": family(config, "the scheduler's config")})
+    if is_edm(config):
+        return {"path": path, "predicts": predicts, "precond": "edm", "sigma_data": config["sigma_data"]}
     if path.name != "flow":
         return {"path": path, "predicts": predicts}
     steps = config.get("num_train_timesteps", 1000)
@@ -51,12 +50,29 @@ def scheduler_meaning(config: Mapping[str, Any], mu: float | None = None) -> dic
     return {"path": paths.flow(shift), "predicts": predicts, "time": lambda t: t * steps}
 
 
+def is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a network in EDM's preconditioning (2206.00364)."""
+    return config.get("sigma_data") is not None
+
+
 def family(config: Mapping[str, Any], name: str = "config") -> str:
     """The ``prediction_type`` that a config means, ``flow_prediction`` where only its keys give a flow away.
 
     >>> family({"num_train_timesteps": 1000, "shift": 3.0}), family({"beta_schedule": "linear"})
     ('flow_prediction', 'epsilon')
     """
+    if "clip_denoised" in config and is_edm(config):
+        raise ValueError(
+            f"{name} is of a consistency model, whose network has a preconditioning of its own: that is not supported; "
+            "CMStochasticIterativeScheduler runs it"
+        )
+    if is_edm(config):
+        if config.get("prediction_type", "epsilon") != "epsilon":
+            raise ValueError(
+                f"{name} must have prediction_type='epsilon' beside sigma_data, which is the preconditioning of EDM's "
+                f"paper; {config['prediction_type']!r}, its opposite sign or none, is not supported"
+            )
+        return "epsilon"
     if config.get("invert_sigmas"):
         raise ValueError(f"{name} has invert_sigmas=True: time that runs from data to noise is not supported")
     if config.get("timestep_type") == "continuous":
@@ -71,8 +87,8 @@ def family(config: Mapping[str, Any], name: str = "config") -> str:
         return "flow_prediction"
     kind = config.get("_class_name", "an unknown class")
     raise ValueError(
-        f"{name} must be that of a scheduler with betas ({', '.join(sorted(DDPM_KEYS))}) or of flow matching (shift, "
-        f"..), got one of {kind} without any of these keys"
+        f"{name} must be that of a scheduler with betas ({', '.join(sorted(DDPM_KEYS))}), of flow matching (shift, "
+        f"..) or of EDM (sigma_data), got one of {kind} without any of these keys"
     )
 
 
@@ -116,6 +132,8 @@ def network(config: Mapping[str, Any]) -> tuple[Path, str]:
     >>> network({"prediction_type": "epsilon", "beta_schedule": "scaled_linear"})[0].t_max
     999.0
     """
+    if is_edm(config):
+        return paths.edm(config.get("sigma_max", 80.0), config.get("sigma_min", 0.002)), "x0"
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTS:
         raise ValueError(f"prediction_type must be one of {', '.join(PREDICTS)}, got {prediction!r}")

@@ -24,6 +24,7 @@ import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,10 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
+from ..models.denoiser import convert
 from ..models.paths import coefficient
-from ..models.scheduler_meaning import alphas_cumprod, betas, network
+from ..models.scheduler_meaning import alphas_cumprod, betas, family, is_edm, network
+from . import grids
 from . import scheduler_config as meaning
 from .catalogue import find, solvers
 from .noise import check_ids
@@ -60,6 +63,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         final_sigmas_type: ``zero``, or ``sigma_min`` to stop at index 0.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal, shift_custom: of a flow's times. Times made here
             and the ``sigmas`` that a pipeline passes are shifted (those only if ``shift_custom``), ``timesteps`` never.
+        sigma_data, sigma_min, sigma_max: of a network in EDM's preconditioning, on EDM's path; None is another one.
         clip_sample, clip_sample_range: whether every estimate of x0 is clipped. ``thresholding`` is understood too.
         table: a ``Table``, its file or its content, in place of solver and grid. Saved beside the config.
         seed: of the noise of stochastic solvers; see ``set_noise``.
@@ -73,7 +77,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
         "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler",
-        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
     ]  # fmt: skip
 
     @register_to_config
@@ -97,6 +102,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
         shift_custom: bool = True,
+        sigma_data: float | None = None,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         table: Table | str | Mapping[str, Any] | None = None,
@@ -108,6 +116,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"final_sigmas_type must be 'zero' or 'sigma_min', got {final_sigmas_type!r}")
         find(solver)
         meaning.grid_name(self.config)
+        family(self.config)
         self._path, self._predicts = network(self.config)
         self._noise: Noise | None = seed
         self._ids: torch.Tensor | None = None
@@ -117,13 +126,14 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(table=json.loads(self._given.to_json()))
         self.betas = torch.as_tensor(betas(self.config), dtype=torch.float32)
         self.alphas_cumprod = torch.as_tensor(alphas_cumprod(self.config), dtype=torch.float32)
-        self.init_noise_sigma = 1.0
+        # theirs counts the data's variance as 1
+        self.init_noise_sigma = (sigma_max**2 + 1) ** 0.5 if is_edm(self.config) else 1.0
         self.num_inference_steps: int | None = None
         self._order: int | None = None
         self._table: Table | None = None
         self._forget()
         levels = self._training_times()
-        self.timesteps = torch.as_tensor(levels * self._time_scale, dtype=torch.float32)
+        self.timesteps = self._counted(levels)
         self.sigmas = self._levels(levels)
 
     # --- what pipelines read ------------------------------------------------------------------------------------
@@ -162,18 +172,24 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None | EllipsisType = ...,
     ) -> None:
         """Make the table and forget the last run; the grid follows ``scheduler_config.times``.
 
         ``timesteps`` are used as they are, ``sigmas`` are shifted on a flow (Flux passes them so), by ``mu`` where the
         config says so. A table that was given knows its times: then only the number of steps is checked.
+        ``original_inference_steps`` is what pipelines of LCMs pass, be it None: their times are chosen from so many,
+        and ``step`` returns its estimate of x0 beside the sample.
         """
-        table = self.table_for(num_inference_steps, sigmas, timesteps, mu)
+        pairs, original = original_inference_steps is not ..., original_inference_steps
+        original = None if isinstance(original, EllipsisType) else original
+        table = self.table_for(num_inference_steps, sigmas, timesteps, mu, original)
         self._forget()
+        self._pairs = pairs
         self._table, self._stepper = table, self._stepper_of(table).to(device)
         self.num_inference_steps = table.times.shape[-1] - 1
         at = table.t[:, 0]
-        self.timesteps = torch.as_tensor(at * self._time_scale, dtype=torch.float32).to(device)
+        self.timesteps = self._counted(at).to(device)
         self.sigmas = self._levels(np.append(at, table.times.reshape(-1)[-1]))
         self.set_noise(self._noise, self._ids)
 
@@ -183,6 +199,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         timesteps: Sequence[float] | None = None,
         mu: float | None = None,
+        original_inference_steps: int | None = None,
     ) -> Table:
         """The table that ``set_timesteps`` would run."""
         if self._given is not None:
@@ -195,7 +212,9 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
                     f"num_inference_steps must be {steps}, the table's own number of steps, got {n}"
                 )
             return self._given
-        grid = meaning.times(self.config, self._path, num_inference_steps, sigmas, timesteps, mu)
+        grid = meaning.times(
+            self.config, self._path, num_inference_steps, sigmas, timesteps, mu, original_inference_steps
+        )
         return meaning.build(self.config, self._path, grid)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -232,8 +251,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        """The network gets the sample as it is."""
-        return sample
+        """What the network gets: the sample as it is, and in EDM's preconditioning c_in of it."""
+        if not is_edm(self.config):
+            return sample
+        t, data = float(self._table.t[self._settled(timestep), 0]), self.config.sigma_data
+        return sample / (t * t + data * data) ** 0.5
 
     def step(
         self,
@@ -248,14 +270,7 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         Steps are counted: ``timestep`` is looked at only in a first step, to see which entry of ``timesteps`` it is,
         where the pipeline has cut them short without ``set_begin_index``.
         """
-        if self._stepper is None:
-            raise ValueError("set_timesteps must be called before step")
-        if self._step_index is None:
-            if self._begin_index is None and not torch.compiler.is_compiling():
-                begin = _place(timestep, self.timesteps)
-                if begin:
-                    self.set_begin_index(begin)
-            self._step_index = self._begin_index or 0
+        row = self._step_index = self._settled(timestep)
         if self._stepper.done == self._stepper.calls:
             raise ValueError(f"all {self._stepper.calls} steps are done: set_timesteps begins anew")
         channels = sample.shape[1]
@@ -264,7 +279,25 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         noise = self._seed if generator is None else generator
         following = self._stepper.step(model_output, sample, noise)
         self._step_index += 1
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+        if return_dict:
+            return SchedulerOutput(prev_sample=following)
+        return (following, self._estimate(row, model_output, sample)) if self._pairs else (following,)
+
+    def _settled(self, timestep: Any) -> int:
+        """The entry of ``timesteps`` that is next; a pipeline may have cut them short without a word."""
+        if self._stepper is None:
+            raise ValueError("set_timesteps must be called before step")
+        if self._step_index is not None:
+            return self._step_index
+        if self._begin_index is None and not torch.compiler.is_compiling():
+            begin = _place(timestep, self.timesteps)
+            if begin:
+                self.set_begin_index(begin)
+        return self._begin_index or 0
+
+    def _estimate(self, row: int, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        p, q = convert(self._path, float(self._table.t[row, 0]), self._predicts, "x0")
+        return p * sample + q * model_output
 
     # --- noising ------------------------------------------------------------------------------------------------
 
@@ -293,23 +326,25 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return alpha * noise - sigma * sample
 
     def _alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        t = torch.as_tensor(timesteps).to(like.device).double() / self._time_scale
+        t = meaning.time_of(self.config, self._path, torch.as_tensor(timesteps).to(like.device).double())
         return coefficient(self._path.alpha(t), like), coefficient(self._path.sigma(t), like)
 
     # --- the table ----------------------------------------------------------------------------------------------
 
-    @property
-    def _time_scale(self) -> float:
-        return meaning.time_scale(self.config, self._path)
+    def _counted(self, t: np.ndarray) -> torch.Tensor:
+        """Times as the network counts them."""
+        return torch.as_tensor(meaning.network_time(self.config, self._path, t), dtype=torch.float32)
 
     def _forget(self) -> None:
         self._stepper: Stepper | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._seed: Noise | None = None
+        self._pairs = False
 
     def _stepper_of(self, table: Table) -> Stepper:
-        return Stepper(table, self._path, self._predicts, meaning.transform(self.config), self._ids)
+        how = {"precond": "edm", "sigma_data": self.config.sigma_data} if is_edm(self.config) else {}
+        return Stepper(table, self._path, self._predicts, meaning.transform(self.config), self._ids, **how)
 
     @property
     def _learned_variance(self) -> bool:
@@ -338,6 +373,8 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         return later
 
     def _training_times(self) -> np.ndarray:
+        if self._path.name == "edm":
+            return grids.karras(self._path, self.config.num_train_timesteps)[:-1]
         if self._path.name != "flow":
             return np.arange(self._path.t_max, -1.0, -1.0)
         t = np.linspace(1.0, 1.0 / self.config.num_train_timesteps, self.config.num_train_timesteps)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..models.paths import Path
-from ..models.scheduler_meaning import family
+from ..models.scheduler_meaning import family, is_edm
 from . import grids
 from .catalogue import find, find_grid
 from .fused import Clip
@@ -57,14 +57,19 @@ def handed_over(
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise TypeError(f"FewstepScheduler has no argument {unknown[0]!r}{hint}")
     config = {**config, **read}
-    if "_use_default_values" in config:
-        config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in read]
+    if "_use_default_values" in config:  # an LCM's grid is its own, said or not
+        kept = {*read, "original_inference_steps"}
+        config["_use_default_values"] = [key for key in config["_use_default_values"] if key not in kept]
     spacing = changes.get("timestep_spacing")
     if spacing is not None:  # what the config says itself is left to the class that it came from
         changes.setdefault("grid", spacing)
         if spacing not in SPACINGS:
             del changes["timestep_spacing"]
     prediction = family({**config, **changes})
+    if is_edm(config):
+        for key in ("sigma_data", "sigma_min", "sigma_max"):
+            if key in config:
+                changes.setdefault(key, config[key])
     if prediction == "flow_prediction":
         if "prediction_type" not in config and "prediction_type" not in changes:
             logging.getLogger(__name__).info("a flow scheduler's config: prediction_type is flow_prediction")
@@ -90,14 +95,25 @@ def transform(config: Mapping[str, Any]) -> Callable[[torch.Tensor], torch.Tenso
     return None
 
 
-def time_scale(config: Mapping[str, Any], path: Path) -> float:
-    """The network's timestep is this times our t."""
-    return float(config.get("num_train_timesteps", 1000)) if path.name == "flow" else 1.0
+def network_time(config: Mapping[str, Any], path: Path, t: np.ndarray) -> np.ndarray:
+    """The timesteps that a network is told: t, on a flow num_train_timesteps times t, on EDM's path ln(sigma) / 4."""
+    if path.name == "edm":
+        return np.log(t) / 4
+    return t * float(config.get("num_train_timesteps", 1000)) if path.name == "flow" else t
+
+
+def time_of(config: Mapping[str, Any], path: Path, timesteps: Any) -> Any:
+    """Our times, of timesteps."""
+    if path.name == "edm":
+        return (4 * timesteps).exp() if isinstance(timesteps, torch.Tensor) else np.exp(4 * timesteps)
+    return timesteps / float(config.get("num_train_timesteps", 1000)) if path.name == "flow" else timesteps
 
 
 def grid_name(config: Mapping[str, Any]) -> str:
     """Which grid a config asks for: ``grid``, else a ``use_.._sigmas`` flag, else ``timestep_spacing``."""
     flags = [name for flag, name in GRID_FLAGS.items() if config.get(flag)]
+    if is_edm(config) and not flags:
+        flags = [config.get("sigma_schedule") or "karras"]  # there are no timesteps to be spaced
     name = config.get("grid") or (flags or [config.get("timestep_spacing", "trailing")])[0]
     if name not in (*SPACINGS, *grids.NAMES):
         raise ValueError(
@@ -128,12 +144,14 @@ def times(
     sigmas: Sequence[float] | None = None,
     timesteps: Sequence[float] | None = None,
     mu: float | None = None,
+    original: int | None = None,
 ) -> np.ndarray:
     """The grid, n + 1 falling times: from the config, or from explicit ``sigmas`` or ``timesteps``.
 
     ``timesteps`` are used as they are. So are ``sigmas`` on a VP path (there they are sigma / alpha); on a flow they
     are shifted, as pipelines count on, unless the config has ``shift_custom=False``. Flux and its kin never leave them
     out: where they are the even ones, 1 .. 1/n, and the config names a grid of ours, they say no more than n.
+    ``original`` is of how many steps an LCM was made, on whose grid it is to be called.
     """
     if sigmas is not None and timesteps is not None:
         raise ValueError("sigmas and timesteps say the same thing twice: pass one of them")
@@ -142,7 +160,7 @@ def times(
     if flow and sigmas is not None and grid_name(config) not in SPACINGS and _even(sigmas):
         sigmas = None
     if timesteps is not None:
-        given = np.asarray(timesteps, dtype=np.float64) / time_scale(config, path)
+        given = time_of(config, path, np.asarray(timesteps, dtype=np.float64))
         result = _named("timesteps", timesteps, grids.explicit, path, given)
     elif sigmas is not None:
         given = np.asarray(sigmas, dtype=np.float64)
@@ -152,7 +170,8 @@ def times(
         given = np.where((given > most) & (given < 1.001 * most), most, given)  # written with few digits
         result = _named("sigmas", sigmas, grids.explicit, path, sigmas=given)
     else:
-        result = _generated(config, path, n, mu)
+        original = _original(config) if original is None else original
+        result = _generated(config, path, n, mu) if original is None else distilled(config, path, n, original)
     if config.get("final_sigmas_type", "zero") == "sigma_min":
         if flow:
             raise ValueError("final_sigmas_type='sigma_min' needs a table of betas: on a flow it is 'zero'")
@@ -191,6 +210,8 @@ def _generated(config: Mapping[str, Any], path: Path, n: int, mu: float | None) 
             return np.append(shifted(config, plain[:-1], mu), 0.0) if name in SHIFTABLE else plain
         if name == "trailing":
             return grids.trailing(path, n)
+        if path.name == "edm" and name == "karras":
+            return grids.karras(path, n, exponent=config.get("rho", 7.0))
         if name in SPACINGS:
             like = "ddim" if config.get("solver") in KEEPS_INDEX_ZERO else "dpm"
             if name == "linspace":
@@ -199,6 +220,32 @@ def _generated(config: Mapping[str, Any], path: Path, n: int, mu: float | None) 
         return find_grid(name)(path, n)
     except ValueError as error:
         raise ValueError(f"num_inference_steps = {n} makes no {name!r} grid: {error}") from None
+
+
+def _original(config: Mapping[str, Any]) -> int | None:
+    """Of how many steps an LCM was made, where the config says so, runs it as one, and names no other grid."""
+    plain = not config.get("grid") and not any(config.get(flag) for flag in GRID_FLAGS)
+    return config.get("original_inference_steps") if plain and config.get("solver") == "consistency" else None
+
+
+def distilled(config: Mapping[str, Any], path: Path, n: int, original: int) -> np.ndarray:
+    """n of the times of an LCM (2310.04378), which learned to jump from ``original`` of a DDPM's.
+
+    >>> from fewstep.models import paths
+    >>> distilled({}, paths.vp_discrete(paths.ddpm_alphas_cumprod()), 4, 50).tolist()
+    [999.0, 759.0, 499.0, 259.0, -1.0]
+    """
+    if path.name != "vp_discrete":
+        raise ValueError(
+            "original_inference_steps is of models with betas; an LCM on another path has no such grid"
+        )
+    total = len(path.alphas_cumprod)  # type: ignore[attr-defined]
+    if isinstance(original, bool) or not isinstance(original, int) or not n <= original <= total:
+        raise ValueError(
+            f"original_inference_steps must be an integer from num_inference_steps = {n} to {total}, got {original!r}"
+        )
+    learned = np.arange(1, original + 1)[::-1] * (total // original) - 1.0
+    return np.append(learned[np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)], path.t_clean)
 
 
 def shifted(config: Mapping[str, Any], t: np.ndarray, mu: float | None = None) -> np.ndarray:

@@ -14,7 +14,7 @@ True
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +42,7 @@ class Stepper:
         predicts: what the network's outputs are on ``path``.
         transform: x0 -> x0, e.g. clipping, at every call.
         ids: of the samples, for noise that is drawn by counter: 0 .. batch - 1 unless given.
+        precond, sigma_data: as of a ``Denoiser``.
     """
 
     def __init__(
@@ -51,10 +52,12 @@ class Stepper:
         predicts: Predicts = "eps",
         transform: Transform | None = None,
         ids: torch.Tensor | None = None,
+        precond: Literal["edm"] | None = None,
+        sigma_data: float = 0.5,
     ):
         if table.lanes != 1:
             raise ValueError(f"table must have one lane, got {table.lanes}: pick one with table.lane(index)")
-        d = Denoiser(_not_called, path, predicts=predicts)
+        d = Denoiser(_not_called, path, predicts=predicts, precond=precond, sigma_data=sigma_data)
         plan = table.on(d)
         self._rows = [plan.row(index, 0, transform is not None) for index in range(table.calls)]
         self._joined, self._slots, self._draws = plan.joined.tolist(), table.slots, plan.draws

@@ -22,9 +22,9 @@ pytest.importorskip("transformers")
 import diffusers
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-from fewstep.models import paths
+from fewstep.models import Denoiser, paths
 from fewstep.models.mixture import random_mixture
-from fewstep.samplers import FewstepScheduler, ddim, dpmpp, grids, sample, unipc
+from fewstep.samplers import FewstepScheduler, ddim, deis, dpmpp, grids, sample, unipc
 from fewstep.samplers.catalogue import solvers
 
 pytestmark = [
@@ -216,6 +216,102 @@ def test_edits_begin_midway_with_a_start_of_their_own(kind, name, theirs, solver
         made.append(tiny(prompt=["a", "b"], generator=torch.Generator().manual_seed(0), **call).images)
     assert scheduler.begin_index == (5 if "denoising_start" in call else 4)
     assert np.abs(made[0] - made[1]).max() < 1e-4
+
+
+# --- EDM's networks and LCMs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theirs, config, solver, options", [
+    ("EDMEulerScheduler", {}, "euler", {}),
+    ("EDMEulerScheduler", {"sigma_schedule": "exponential", "sigma_data": 0.8, "sigma_max": 20.0}, "euler", {}),
+    ("EDMDPMSolverMultistepScheduler", {"rho": 5.0}, "dpmpp", {"final": "lower"}),
+    ("EDMDPMSolverMultistepScheduler", {"solver_order": 3, "sigma_min": 0.01}, "dpmpp", {"final": "lower"}),
+])  # fmt: skip
+def test_networks_in_edms_preconditioning(theirs, config, solver, options):
+    reference = getattr(diffusers, theirs)(**config)
+    order = {"solver_order": reference.config.get("solver_order", 1)}
+    scheduler = FewstepScheduler.from_config(reference.config, solver=solver, solver_options=options, **order)
+    assert scheduler.init_noise_sigma == pytest.approx(float(reference.init_noise_sigma))
+    expected, got = (images("sd", s, steps=6) for s in (reference, scheduler))
+    assert torch.allclose(scheduler.timesteps, reference.timesteps.float(), atol=1e-5)
+    assert torch.allclose(scheduler.sigmas, reference.sigmas, rtol=1e-5)
+    assert np.abs(expected - got).max() < 1e-4 < 1e-2 < expected.std()
+    x, noise, at = torch.ones(2, 4, 8, 8), torch.randn(2, 4, 8, 8), reference.timesteps[[1, 3]]
+    assert torch.allclose(scheduler.add_noise(x, noise, at), reference.add_noise(x, noise, at), rtol=1e-4)
+    back = type(reference).from_config(scheduler.config)
+    kept = ("sigma_data", "sigma_min", "sigma_max", "sigma_schedule", "rho", "prediction_type")
+    assert {k: back.config[k] for k in kept} == {k: reference.config[k] for k in kept}
+
+
+def test_edm_configs_are_saved_and_begin_midway(tmp_path):
+    scheduler = FewstepScheduler.from_config(
+        diffusers.EDMEulerScheduler(sigma_max=50.0).config, solver="deis"
+    )
+    scheduler.save_pretrained(tmp_path)
+    again = FewstepScheduler.from_pretrained(tmp_path)
+    assert again._path == paths.edm(sigma_max=50.0) and again.config.sigma_data == 0.5
+    again.set_timesteps(8)
+    later = again.timesteps[3:]  # as image to image cuts them
+    sigma = float(again.sigmas[3])
+    assert again.scale_model_input(torch.ones(1), later[0]).item() == pytest.approx(
+        1 / (sigma**2 + 0.25) ** 0.5
+    )
+    x = torch.randn(2, 1, 2, 2)
+    state = sigma * x
+    for t in later:
+        state = again.step(torch.sin(again.scale_model_input(state, t)), t, state).prev_sample
+    d = Denoiser(lambda x, tau: torch.sin(x), again._path, "x0", precond="edm")
+    table = deis(d.path, grids.karras(d.path, 8)[3:])
+    assert again.begin_index == 3 and torch.allclose(state, sample(d, x, table), atol=1e-5)
+
+
+@functools.cache
+def lcm():
+    tokenizer = pipelines.clip_tokenizer()
+    torch.manual_seed(0)
+    tiny = diffusers.LatentConsistencyModelPipeline(
+        vae=pipelines.vae(), text_encoder=pipelines.clip(tokenizer), tokenizer=tokenizer,
+        unet=pipelines.text_unet(time_cond_proj_dim=8), scheduler=diffusers.LCMScheduler(**pipelines.SD_BETAS),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    tiny.set_progress_bar_config(disable=True)
+    return tiny
+
+
+def test_latent_consistency_models():
+    """On the times that they were made for; at the last step the sample is the estimate that the pipeline decodes."""
+    tiny = lcm()
+    theirs = tiny.scheduler
+    ours_ = FewstepScheduler.from_config(theirs.config, solver="consistency")
+    for n, original in [(4, 50), (4, None), (1, 50), (7, 20), (4, 4), (3, 1000)]:
+        theirs.set_timesteps(n, original_inference_steps=original)
+        ours_.set_timesteps(n, original_inference_steps=original)
+        assert ours_.timesteps.tolist() == theirs.timesteps.tolist(), (n, original)
+    made = []
+    for scheduler in (
+        theirs,
+        ours_,
+        FewstepScheduler.from_config(theirs.config, solver="dpmpp", solver_order=2),
+    ):
+        tiny.scheduler = scheduler
+        generator = torch.Generator().manual_seed(0)
+        call = {"generator": generator, "height": 16, "width": 16, "output_type": "np"}
+        made.append(tiny(["a b", "c d"], num_inference_steps=1, **call).images)
+        images_ = tiny(["a b", "c d"], num_inference_steps=4, original_inference_steps=20, **call).images
+        assert np.isfinite(images_).all()
+    tiny.scheduler = theirs
+    assert np.abs(made[0] - made[1]).max() < 1e-4 < 1e-3 < made[0].std()  # one step draws no noise
+    x = torch.randn(1, 4, 8, 8)
+    ours_.set_timesteps(4, original_inference_steps=None)
+    following, x0 = ours_.step(torch.zeros_like(x), ours_.timesteps[0], x, return_dict=False)
+    assert torch.allclose(x0, x / ours_._path.alpha(999.0)) and not torch.equal(following, x0)
+    ours_.set_timesteps(4)
+    assert len(ours_.step(torch.zeros_like(x), ours_.timesteps[0], x, return_dict=False)) == 1
+    for wrong in (3, 1001, 2.5):
+        with pytest.raises(ValueError, match="original_inference_steps must be an integer from"):
+            ours_.set_timesteps(4, original_inference_steps=wrong)
+    with pytest.raises(ValueError, match="models with betas"):
+        ours("sd3").set_timesteps(4, original_inference_steps=50)
 
 
 class Unrounded(UniPCMultistepScheduler):
@@ -709,9 +805,19 @@ def test_bad_calls():
         ours("sd", solver_ordre=3)
     with pytest.raises(TypeError, match="config must be a scheduler's config"):
         FewstepScheduler.from_config(None)
-    for unknown in (diffusers.EDMEulerScheduler(), diffusers.CMStochasticIterativeScheduler()):
-        with pytest.raises(ValueError, match="must be that of a scheduler with betas"):
-            FewstepScheduler.from_config(unknown.config)
+    for other, said in [
+        (diffusers.KarrasVeScheduler(), "must be that of a scheduler with betas"),
+        (
+            diffusers.CMStochasticIterativeScheduler(),
+            "consistency model, .* CMStochasticIterativeScheduler runs it",
+        ),
+        (
+            diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
+            "prediction_type='epsilon' beside sigma_data",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            FewstepScheduler.from_config(other.config)
     with pytest.raises(ValueError, match="timestep_type='continuous'"):
         FewstepScheduler.from_config(diffusers.EulerDiscreteScheduler(timestep_type="continuous").config)
     with pytest.raises(ValueError, match="invert_sigmas"):
