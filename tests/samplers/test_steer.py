@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 from pathlib import Path
@@ -134,6 +135,34 @@ def test_all_of_a_call_is_the_pipelines_own():
     with steer(pipe, sample):
         pictures, flagged = pipe("a", num_inference_steps=2, height=16, width=16, return_dict=False)
     assert pictures[0].size == (16, 16) and flagged is None
+
+
+def test_networks_in_edms_preconditioning_and_lcms():
+    pipe = fresh("sd")
+    for scheduler in (
+        diffusers.EDMDPMSolverMultistepScheduler(),
+        FewstepScheduler.from_config(diffusers.EDMEulerScheduler().config, solver="deis"),
+    ):
+        pipe.scheduler = scheduler
+        plain = pipelines.run("sd", pipe, steps=5)
+        with steer(pipe, sample) as handle:
+            assert close(pipelines.run("sd", pipe, steps=5), plain)
+        assert handle.info.table.path["path"] == "edm"
+    parts = {**pipe.components, "unet": pipelines.text_unet(time_cond_proj_dim=8)}
+    parts["scheduler"] = diffusers.LCMScheduler(**pipelines.SD_BETAS)
+    lcm = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    for scheduler in (
+        lcm.scheduler,
+        FewstepScheduler.from_config(lcm.scheduler.config, solver="consistency"),
+    ):
+        lcm.scheduler = scheduler
+        call = {"height": 16, "width": 16, "output_type": "np", "original_inference_steps": 20}
+        made = []
+        for how in ((), (sample,)):
+            with steer(lcm, *how) if how else contextlib.nullcontext() as handle:
+                generator = torch.Generator().manual_seed(0)
+                made.append(lcm("a b", num_inference_steps=1, generator=generator, **call).images)
+        assert close(*made) and handle.info.table.solver == "consistency" and handle.info.calls == 1
 
 
 def test_sigmas_and_timesteps_of_a_call_are_the_tables():
