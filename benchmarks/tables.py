@@ -52,6 +52,10 @@ def shifted(rows: Rows, model: str = MODEL) -> list[str]:
 
 def skipped(rows: Rows, model: str = MODEL) -> list[str]:
     """FD by the share of calls skipped, a row a solver and a column a tenth of the calls."""
+
+    def told(cell: dict[str, float]) -> str:
+        return f"{cell['fd']:.2f}" + (f" ± {cell['loss_se']:.2f}" if cell.get("loss_se") else "")
+
     rows = [row for row in rows if row["problem"] == model]
     tenths = sorted({row["skipped"] for row in rows})
     lines = [
@@ -60,7 +64,7 @@ def skipped(rows: Rows, model: str = MODEL) -> list[str]:
     ]
     for solver in dict.fromkeys(row["solver"] for row in rows):
         mine = {row["skipped"]: row for row in rows if row["solver"] == solver}
-        cells = " | ".join(f"{mine[n]['seeded, a class']['fd']:.2f}" for n in tenths)
+        cells = " | ".join(told(mine[n]["seeded, a class"]) for n in tenths)
         lines.append(f"| {solver}, {mine[0]['calls']} calls | {cells} |")
     return lines
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 FILE = Path(__file__).parents[2] / "benchmarks" / "shift_and_teleport.py"
 
@@ -44,8 +46,20 @@ def test_skipping_counts_as_lossless_up_to_the_first_loss_and_not_beyond(script)
     assert none["share"] == 0
 
 
+def test_the_error_of_a_loss_is_that_of_its_samples(script):
+    """Of means the jackknife is the standard error of the difference, that of pairs."""
+    generator = torch.Generator().manual_seed(0)
+    problem = script.Problem("p", None, None, {}, None, lambda x: float(x.mean()), {}, 0.0)
+    x, noise = torch.randn(4000, 1, generator=generator), torch.randn(4000, 1, generator=generator)
+    found = script.loss(problem, x + 0.1 * noise + 0.3, x)
+    assert found["loss"] == pytest.approx(0.3, abs=0.01)
+    # of ten blocks, whose spread is known within a quarter or so
+    assert found["loss_se"] == pytest.approx(0.1 / 4000**0.5, rel=0.6)
+
+
 def test_the_smallest_run_fills_every_table(script):
-    problem = script.of_mixture(100)
+    # the real judge is slow, and called ten times a cell
+    problem = replace(script.of_mixture(100), judge=lambda x: float(x.std()))
     results = {"num": 100, "floor": {"mixture-vp": problem.judge(problem.truth)}}
     script.PAPER, script.STEPS = {5: (40, 200)}, 6
     results["shift"], results["skip"] = script.shift_rows(problem), script.skip_rows(problem)
