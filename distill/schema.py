@@ -11,6 +11,7 @@ from . import recipe as recipes
 from .data import DataRecipe
 from .disback import DisBackRecipe
 from .methods import METHODS
+from .methods.presets import with_preset
 
 
 @dataclass
@@ -137,7 +138,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     recipe = recipes.read(source, DistillRecipe, short)
     if recipe.kind != "distill":
         raise ValueError(f"kind must be distill, got {recipe.kind!r}: it is a recipe for another command")
-    options = dict(recipe.method)
+    options = with_preset(recipe.method)
     name = options.pop("name", None)
     if name not in METHODS:
         raise ValueError(f"method.name must be one of {', '.join(METHODS)}, got {name!r}")

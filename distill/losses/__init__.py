@@ -7,7 +7,15 @@ g, what d loss / d x0 is to be for a sample; ``surrogate(x0, g)`` is the scalar 
 
 from .adversarial import approximate_r1, discriminator_loss, generator_loss, gradient_r1
 from .denoising import denoising_loss, x0_weight
-from .divergences import DIVERGENCES, Divergence, LevelMeans, density_ratio, divergence_weight, level_means
+from .divergences import (
+    DIVERGENCES,
+    Divergence,
+    LevelMeans,
+    batch_level_means,
+    density_ratio,
+    divergence_weight,
+    level_means,
+)
 from .dmd import dmd_gradient
 from .phased import phased_critic_loss, phased_gradient, phased_kernel, phased_target
 from .rendered import (
@@ -25,6 +33,7 @@ __all__ = [
     "Divergence",
     "LevelMeans",
     "approximate_r1",
+    "batch_level_means",
     "cds_gradient",
     "classifier_gradient",
     "denoising_loss",

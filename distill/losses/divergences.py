@@ -103,14 +103,36 @@ def level_means(
     return state, ((state.total + prior) / (state.count + prior))[index]
 
 
+def batch_level_means(
+    means: torch.Tensor,
+    ratio: torch.Tensor,
+    index: torch.Tensor,
+    ema: float = 0.0,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(means', m), FastGen's way: a bin (of ``index`` (B,)) that the batch hits takes the batch's mean of it.
+
+    With ``ema`` = 0 and one sample in a bin that sample's ratio is divided by itself: ``level_means`` is the remedy.
+
+    >>> batch_level_means(torch.ones(2), torch.tensor([2.0, 4.0]), torch.tensor([0, 0]))[0]
+    tensor([3., 1.])
+    """
+    count = reduce(torch.zeros_like(means).index_add_(0, index, torch.ones_like(ratio)))
+    total = reduce(torch.zeros_like(means).index_add_(0, index, ratio.detach()))
+    new = torch.where(count > 0, ema * means + (1 - ema) * total / (count + 1e-6), means)
+    return new, new[index] + 1e-6
+
+
 def divergence_weight(
     ratio: torch.Tensor,
     divergence: str | Divergence,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
+    margin: float = 0.0,
 ) -> torch.Tensor:
     """h(r) (B,) with mean 1 over the batch (and over ranks by ``reduce``, a sum), for ``dmd_gradient``'s scale.
 
-    Mean 1 keeps DMD's learning rate and GAN weight. Reverse KL gives ones exactly: f-distill is then DMD.
+    Mean 1 keeps DMD's learning rate and GAN weight. Reverse KL gives ones exactly: f-distill is then DMD. ``margin`` is
+    added to the mean before it divides; FastGen's is 1e-6.
 
     >>> divergence_weight(torch.tensor([1.0, 3.0]), "kl")
     tensor([0.5000, 1.5000])
@@ -127,4 +149,4 @@ def divergence_weight(
         divergence = Divergence(divergence)
     h = divergence.weight(ratio.detach())
     total, count = reduce(h.sum()), reduce(h.new_tensor(float(h.numel())))
-    return h * (count / total.clamp_min(math.ulp(1.0)))
+    return h / (total / count + margin).clamp_min(math.ulp(1.0))

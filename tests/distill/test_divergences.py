@@ -10,6 +10,7 @@ from fewstep.distill.losses import (
     DIVERGENCES,
     Divergence,
     LevelMeans,
+    batch_level_means,
     density_ratio,
     divergence_weight,
     dmd_gradient,
@@ -150,6 +151,15 @@ def test_the_running_mean_finds_each_level_s_own():
             means.append(state.total / state.count)
     # a bin averages over about 2 x 256 / 2 samples: 5 standard errors of spread 1 over sqrt(256), and more by averaging
     torch.testing.assert_close(torch.stack(means).mean(0), truth, rtol=5 / 16, atol=0)
+
+
+def test_fastgen_s_bins_erase_the_ratio_of_a_sample_that_is_alone_in_one():
+    ratio, index = torch.tensor([0.2, 5.0, 1.0, 3.0]), torch.tensor([0, 1, 2, 2])
+    means, mean = batch_level_means(torch.ones(4), ratio, index)
+    torch.testing.assert_close(ratio / mean, torch.tensor([1.0, 1.0, 0.5, 1.5]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(means, torch.tensor([0.2, 5.0, 2.0, 1.0]), rtol=1e-5, atol=0)
+    half, _ = batch_level_means(means, ratio, index, ema=0.5)
+    torch.testing.assert_close(half, means, rtol=1e-5, atol=0)
 
 
 def test_wrong_input_is_named():

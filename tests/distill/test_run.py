@@ -187,6 +187,15 @@ def test_print_config_and_dry_run_write_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_presets_are_filled_in_below_the_recipe_s_own_options():
+    _, plain = read("dmd2-mixture", ["method={name: dmd2, preset: fastgen}"])
+    assert (plain.weight, plain.critic_weight, plain.gan.features) == ("fastgen", "x0", "teacher")
+    _, mixed = read("dmd2-mixture", ["method={name: dmd2, preset: dmd2, weight: kl, gan: {student: 0.1}}"])
+    assert (mixed.weight, mixed.gan.student, mixed.gan.critic) == ("kl", 0.1, 0.01)
+    with pytest.raises(ValueError, match="method.preset must be one of dmd2, fastgen, got 'sid'"):
+        read("dmd2-mixture", ["method={name: dmd2, preset: sid}"])
+
+
 def test_the_shipped_recipes_are_read():
     from fewstep.distill.recipe import names
 
