@@ -306,23 +306,15 @@ def _empty(
     return [*results, x.new_empty(len(x), 3)] if len(masks) > U else results
 
 
-@torch.library.custom_op("fewstep::solver_step", mutates_args=())
+# written out: not every torch that we run on reads lists of optional tensors off the annotations
+SCHEMA = """(Tensor x, Tensor y, Tensor?[] history, Tensor[] outputs, Tensor table, Tensor row, Tensor lane,
+SymInt[] masks, SymInt slot, Tensor? slots=None, Tensor? z=None, Tensor? seed=None, Tensor? ids=None, Tensor? limit=None) -> Tensor[]"""
+
+
+@torch.library.custom_op("fewstep::solver_step", mutates_args=(), schema=SCHEMA)
 def op(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    history: Sequence[torch.Tensor | None],
-    outputs: Sequence[torch.Tensor],
-    table: torch.Tensor,
-    row: torch.Tensor,
-    lane: torch.Tensor,
-    masks: Sequence[int],
-    slot: int,
-    slots: torch.Tensor | None = None,
-    z: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-    ids: torch.Tensor | None = None,
-    limit: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+    x, y, history, outputs, table, row, lane, masks, slot, slots=None, z=None, seed=None, ids=None, limit=None
+):
     run = launch if runs_on(x) else reference
     return run(x, y, history, outputs, table, row, lane, masks, slot, slots, z, seed, ids, limit)
 
