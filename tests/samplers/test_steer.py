@@ -34,6 +34,11 @@ from fewstep.samplers import (
     steer,
 )
 from fewstep.samplers.adapters import adapted
+from fewstep.samplers.best_of_n import best_of_n
+from fewstep.samplers.dps import dps
+from fewstep.samplers.smc_steering import smc_steering
+from fewstep.samplers.svdd import svdd
+from fewstep.samplers.tree_search import tree_search
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -332,6 +337,32 @@ def test_a_method_gets_what_sample_gets_and_its_info_is_kept():
     ]:
         with steer(pipe, wrong), pytest.raises(ValueError, match=f"one sample a row of noise.*{said}"):
             pipelines.run("sd", pipe)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_methods_of_control_run_in_pipelines(name):
+    """Each in the pipeline's latents, packed or not, with rewards of decoded images."""
+    pipe = shared(name)
+
+    def reward(images):
+        return images.flatten(1).mean(1)
+
+    def noisy(path, n):
+        return ddim(path, grids.uniform(path, n), eta=0.7)
+
+    with steer(pipe, sample, table=noisy):
+        plain = pipelines.run(name, pipe, steps=3)
+    for method, options in [
+        (best_of_n, {"n": 8}), (svdd, {"width": 2}), (smc_steering, {"particles": 3, "scale": 20.0}),
+        (tree_search, {"budget": 30}), (dps, {"scale": 300.0}),
+    ]:  # fmt: skip
+        with steer(pipe, functools.partial(method, reward=reward, **options), table=noisy) as handle:
+            made = pipelines.run(name, pipe, steps=3)
+        assert made.shape == plain.shape and np.isfinite(made).all() and handle.info.info is not None
+        gain = (made - plain).mean((1, 2, 3))
+        if method in (best_of_n, dps):  # the plain one is among the candidates; a gradient step is a step up
+            assert (gain > -1e-6).all() and gain.max() > 1e-4, (method, gain)
+    assert all(p.grad is None for p in network(pipe).parameters())
 
 
 def test_pipelines_may_be_asked_loaded_and_moved_while_they_are_steered():
