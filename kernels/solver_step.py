@@ -308,7 +308,8 @@ def _empty(
 
 # written out: not every torch that we run on reads lists of optional tensors off the annotations
 SCHEMA = """(Tensor x, Tensor y, Tensor?[] history, Tensor[] outputs, Tensor table, Tensor row, Tensor lane,
-SymInt[] masks, SymInt slot, Tensor? slots=None, Tensor? z=None, Tensor? seed=None, Tensor? ids=None, Tensor? limit=None) -> Tensor[]"""
+SymInt[] masks, SymInt slot, Tensor? slots=None, Tensor? z=None, Tensor? seed=None, Tensor? ids=None,
+Tensor? limit=None) -> Tensor[]"""
 
 
 @torch.library.custom_op("fewstep::solver_step", mutates_args=(), schema=SCHEMA)
