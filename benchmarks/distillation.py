@@ -1,0 +1,204 @@
+"""Distillers side by side: every method, three seeds, one command that goes on where it was.
+
+    python benchmarks/distillation.py digits                 # one-step and few-step students of the embedded teacher
+    python benchmarks/distillation.py mixture                # modes found of 25, with the exact teacher
+    python benchmarks/distillation.py digits --table         # the table of what is there, nothing run
+
+A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, and the table
+of all goes to benchmarks/results. Digits are judged on 2000 held-out starts: Frechet and kernel distance of the
+classifier's features to all 1797 digits, the median distance to the nearest training digit beside that of real held-out
+ones, and how far the samples of one class lie from their mean (diversity), as a share of the digits' own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.distill.draws import Draws
+from fewstep.distill.run import open_student, run
+from fewstep.distill.validation import modes_found
+from fewstep.eval.bench import environment
+from fewstep.eval.demo import Judge
+from fewstep.eval.mmd import rbf_mmd
+from fewstep.eval.sliced import sliced_wasserstein
+from fewstep.models import digits, load
+from fewstep.models.checkpoint import write_atomically
+from fewstep.models.denoiser import Denoiser
+from fewstep.samplers import ddim, grids, heun, sample, starting_noise
+
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (0, 1, 2)
+DIGITS = {
+    "DMD2, 1 call": ("dmd2-digits", []),
+    "f-distill rkl, 1 call": ("fdistill-digits", ["divergence=rkl"]),
+    "f-distill js, 1 call": ("fdistill-digits", ["divergence=js"]),
+    "f-distill kl, 1 call": ("fdistill-digits", ["divergence=kl"]),
+    "SIM, 1 call": ("sim-digits", []),
+    "DMD2, 4 calls": ("dmd2-digits", ["student.steps=4"]),
+    "phased DMD, 2 x 2 calls": ("phased-digits", []),
+}
+MIXTURE = {
+    "DMD2 (reverse KL)": ("dmd2-mixture", []),
+    "f-distill js": ("fdistill-mixture", ["divergence=js"]),
+    "f-distill kl": ("fdistill-mixture", ["divergence=kl"]),
+    "SIM": ("sim-mixture", []),
+    "phased DMD, 2 x 2 calls": ("phased-mixture", []),
+}
+CONTROL = ["optim.lr=0.0"]  # a student that does not learn: every claim must fail on it
+
+
+def judged_digits(x: torch.Tensor, label: torch.Tensor, judge: Judge) -> dict[str, float]:
+    """Quality of samples (N, 1, 8, 8) with their labels."""
+    real, classes = (torch.as_tensor(a) for a in digits("all"))
+    return {**judge.quality(x), "diversity": spread(judge.features(x.clamp(-1, 1)), label)
+            / spread(judge.features(real), torch.as_tensor(classes))}  # fmt: skip
+
+
+def spread(features: torch.Tensor, label: torch.Tensor) -> float:
+    """Root mean square distance of features to the mean of their class."""
+    square = [features[label == k].var(0, unbiased=True).sum() for k in label.unique()]
+    return float(torch.stack(square).mean().sqrt())
+
+
+def digits_cell(folder: Path) -> dict[str, float]:
+    student, _, _ = open_student(folder)
+    noise, label = starting_noise(77, 2000, (1, 8, 8)), torch.arange(2000) % 10
+    return judged_digits(student.sample(noise, {"label": label}, seed=77), label, Judge.digits())
+
+
+def mixture_cell(folder: Path) -> dict[str, float]:
+    student, _, _ = open_student(folder)
+    x = student.sample(starting_noise(77, 5000, (2,)), seed=77).double()
+    return judged_points(x)
+
+
+def judged_points(x: torch.Tensor) -> dict[str, float]:
+    from fewstep.distill.data import mixture_samples
+
+    truth = mixture_samples(Draws(78, 0, 0, 5000, 5000)).double()
+    return {
+        "modes": modes_found(x),
+        "mmd": rbf_mmd(x, truth).value,
+        "sliced_w2": sliced_wasserstein(x, truth),
+    }
+
+
+def floors_digits() -> dict[str, dict[str, float]]:
+    """The teacher at many calls, and its own Euler steps at few."""
+    d, judge = load("digits-edm"), Judge.digits()
+    noise, label = starting_noise(77, 2000, d.shape), torch.arange(2000) % 10
+    rows = {"teacher, Heun, 35 calls": judged_digits(_made(d, heun(d.path, grids.karras(d.path, 18)), noise, label),
+                                                     label, judge)}  # fmt: skip
+    for calls in (1, 2, 4, 8):
+        table = ddim(d.path, grids.karras(d.path, calls))
+        rows[f"teacher, Euler, {calls} call{'s' if calls > 1 else ''}"] = judged_digits(
+            _made(d, table, noise, label), label, judge
+        )
+    return rows
+
+
+def _made(d: Denoiser, table, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    return torch.cat([
+        sample(d, n, table, cond={"label": k}) for n, k in zip(noise.split(500), label.split(500), strict=True)
+    ])  # fmt: skip
+
+
+def kept_at(task: str, name: str, seed: int, runs: Path, extra: list[str]) -> Path:
+    """Where a cell's numbers lie; its run's folder has the same name."""
+    words = f"{task}-{name}-{seed}{'-control' if extra else ''}".lower()
+    return runs / ("".join(c if c.isalnum() or c == "-" else "-" for c in words) + ".json")
+
+
+def cell(task: str, name: str, seed: int, runs: Path, threads: int, extra: list[str]) -> dict[str, Any]:
+    """The numbers of one run, made or read."""
+    kept = kept_at(task, name, seed, runs, extra)
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    recipe, options = (DIGITS if task == "digits" else MIXTURE)[name]
+    start, used = time.monotonic(), time.process_time()
+    where = [f"seed={seed}", f"name={kept.stem}", f"out={runs}", f"threads={threads}"]
+    folder = run(recipe, [*options, *extra, *where])
+    spent = {"minutes": (time.monotonic() - start) / 60, "core_minutes": (time.process_time() - used) / 60}
+    numbers = (digits_cell if task == "digits" else mixture_cell)(folder) | spent
+    write_atomically(kept, json.dumps(numbers))
+    return numbers
+
+
+def gathered(
+    task: str, runs: Path, only: list[str], table_only: bool, threads: int
+) -> dict[str, dict[str, list[float]]]:
+    """name -> number -> its values over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in SEEDS:
+        for name in DIGITS if task == "digits" else MIXTURE:
+            if only and not any(word in name for word in only):
+                continue
+            if table_only and not kept_at(task, name, seed, runs, []).is_file():
+                continue
+            for key, value in cell(task, name, seed, runs, threads, []).items():
+                found.setdefault(name, {}).setdefault(key, []).append(value)
+    return found
+
+
+def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> str:
+    """Markdown: means over seeds, and their range."""
+    keys = ["fd", "kid", "nearest", "diversity", "core_minutes"] if task == "digits" else [
+        "modes", "mmd", "sliced_w2", "core_minutes"]  # fmt: skip
+    lines = ["| | " + " | ".join(keys) + " | seeds |", "|---|" + "--:|" * (len(keys) + 1)]
+    for name, numbers in floors.items():
+        cells = [f"{numbers[k]:.3g}" if k in numbers else "" for k in keys]
+        lines.append(f"| {name} | " + " | ".join(cells) + " | |")
+    for name, numbers in rows.items():
+        cells = []
+        for key in keys:
+            values = numbers[key]
+            mean = sum(values) / len(values)
+            cells.append(
+                f"{mean:.3g} ({min(values):.3g} .. {max(values):.3g})" if len(values) > 1 else f"{mean:.3g}"
+            )
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(numbers[keys[0]])} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("task", choices=("digits", "mixture"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--only", nargs="*", default=[], help="words of the methods to run")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--control", action="store_true", help="run with the student's learning rate at 0 and print"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    if arguments.control:
+        first = next(iter(DIGITS if arguments.task == "digits" else MIXTURE))
+        print(cell(arguments.task, first, 0, arguments.runs, arguments.threads, CONTROL))
+        return
+    rows = gathered(arguments.task, arguments.runs, arguments.only, arguments.table, arguments.threads)
+    floors = floors_digits() if arguments.task == "digits" else {}
+    if arguments.task == "mixture":
+        from fewstep.distill.data import mixture_samples
+
+        floors["exact samples"] = judged_points(mixture_samples(Draws(79, 0, 0, 5000, 5000)).double())
+    shown = table(arguments.task, rows, floors)
+    print(shown)
+    content = {"environment": environment(), "floors": floors, "rows": rows}
+    stem = RESULTS / f"distillation-{arguments.task}-cpu"
+    write_atomically(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
+    head = f"Students of {arguments.task}, means over seeds and their range. Made by `python benchmarks/distillation.py {arguments.task}`.\n\n"  # noqa: E501
+    write_atomically(stem.with_suffix(".md"), head + shown)
+
+
+if __name__ == "__main__":
+    main()
