@@ -11,7 +11,7 @@ from fewstep.models import paths
 
 WEIGHTS, MEANS, VARIANCES = np.array([0.3, 0.4, 0.3]), np.array([-1.2, 0.3, 1.0]), np.array([0.15, 0.2, 0.25])
 X = np.linspace(-2.0, 2.0, 24)
-SIZES = ((48, 96), (160, 320), (640, 1280))  # the later ones for what is not yet in the asymptotic range
+SIZES = ((32, 64), (160, 320), (640, 1280))  # the later ones for what is not yet in the asymptotic range
 
 
 def posterior_mean(path):
