@@ -15,6 +15,7 @@ from .dpmpp import dpm, dpmpp
 from .dps import dps
 from .ersde import ersde
 from .euler import euler
+from .fused import Clip
 from .feynman_kac import feynman_kac
 from .guidance import autoguidance, cfg, rlg
 from .guide import Guide
@@ -44,7 +45,7 @@ from .unipc import unipc
 from .usf import usf
 
 __all__ = [
-    "Blend", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted", "autoguidance",
+    "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted", "autoguidance",
     "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "dps",
     "ersde", "euler", "fast_orders", "feature_distance", "feynman_kac", "grids", "heun", "importance", "init",
     "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score", "multistep", "pndm", "restart",

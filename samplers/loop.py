@@ -318,7 +318,7 @@ def sample(
         cond: keyword arguments of the network, e.g. ``{"label": labels}``.
         seed, ids: key the noise of stochastic rows; ids are 0 .. B - 1 unless given, so a batch may be split freely.
         lane: which lane of the table, one for all or one a sample.
-        transform: ``f(x0, t) -> x0``, e.g. clipping, at every call.
+        transform: ``f(x0, t) -> x0`` at every call, e.g. ``Clip(1.0)``, which a GPU does in the step itself.
         callback: gets an ``Info`` after every call (row, t, sigma, y, x0, outputs).
         grad: through which calls gradients flow.
         check: when a non-finite network output is reported: at the end (one wait on a GPU), at once, or never.
