@@ -15,8 +15,8 @@ from .dpmpp import dpm, dpmpp
 from .dps import dps
 from .ersde import ersde
 from .euler import euler
-from .fused import Clip
 from .feynman_kac import feynman_kac
+from .fused import Clip
 from .guidance import autoguidance, cfg, rlg
 from .guide import Guide
 from .heun import heun
