@@ -8,6 +8,7 @@ say, also ``flops(**arguments)``, and ``RIVALS``: {name: function of the same ar
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
@@ -44,10 +45,12 @@ def ops() -> dict[str, ModuleType]:
 def randn(
     *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> torch.Tensor:
-    """Standard normals that are the same on every device; on "meta" their shape alone."""
-    if torch.device(device).type == "meta":
+    """Standard normals that are the same on every device up to 2^22 of them; on "meta" their shape alone."""
+    device = torch.device(device)
+    if device.type == "meta":
         return torch.empty(shape, dtype=dtype, device="meta")
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    home = device if math.prod(shape) > 2**22 else torch.device("cpu")  # a CPU takes seconds for a video's
+    drawn = torch.randn(shape, generator=torch.Generator(home).manual_seed(seed), device=home)
     return drawn.to(dtype).to(device)
 
 
