@@ -20,11 +20,11 @@ import torch
 class Case(NamedTuple):
     """One call of an op.
 
-    ``make(device)`` gives its keyword arguments, the same numbers on every device and shapes alone on "meta".
+    ``make(device)`` gives its keyword arguments, small ones the same on every device, and shapes alone on "meta".
     ``real``: of the size that models have, for ahead-of-time checks and benchmarks; else small enough to interpret.
     ``tolerance``: the largest error against the reference in float64 that is right, relative to its largest value.
-    ``waived``: {what does not hold ahead of time: why}: a target that cannot hold the case, or a check of ``aot`` by its
-    name ("spills", "shared", "fp64", "wide").
+    ``waived``: {what does not hold ahead of time: why}: a target that cannot hold the case, or a check of ``aot`` by
+    its name ("spills", "shared", "fp64", "wide").
     """
 
     name: str
