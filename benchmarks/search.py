@@ -238,25 +238,31 @@ def main() -> None:
     keys = ("metric", "calls") if arguments.metric else ("problem", "calls")
     kinds = [arguments.metric, f"shuffled {arguments.metric}"] if arguments.metric else arguments.problems
     tests: dict[str, Test] = {}
+
+    def keep() -> None:
+        results["rows"].sort(
+            key=lambda row: ("shuffled" in row[keys[0]], row[keys[0]] != "mixture", row["calls"])
+        )
+        if file is not None:
+            with written_aside(file) as aside:
+                aside.write_text(json.dumps(results, indent=1))
+
     if arguments.metric and "floor" not in results:
         results |= {"metric": arguments.metric, "num": 1000, "floor": floor(arguments.metric)}
+        keep()
     for kind in kinds:
         for count in calls if not kind.startswith("shuffled") else calls[:1]:
             if (kind, count) in {tuple(row[key] for key in keys) for row in results["rows"]}:
                 continue
             if arguments.metric:
                 state = file and file.with_name(f".{kind.replace(' ', '-')}-{count}.search")
-                row = measure_by_metric(count, kind, arguments.predictor, state)
+                results["rows"].append(measure_by_metric(count, kind, arguments.predictor, state))
                 if state:
                     state.unlink()
             else:
                 test = tests[kind] = tests.get(kind) or Test(kind)
-                row = measure(test, count, arguments.predictor)
-            results["rows"].append(row)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                with written_aside(file) as aside:
-                    aside.write_text(json.dumps(results, indent=1))
+                results["rows"].append(measure(test, count, arguments.predictor))
+            keep()
     text = markdown_by_metric(results) if arguments.metric else markdown(results["rows"], device)
     print("\n" + text)
     if file is not None:

@@ -102,6 +102,8 @@ def search(d: Denoiser, calls: int, *, budget: int = 10_000, seed: int = 0, batc
         state = _begin(run, path, known)
         bar.update(run.spent - bar.n)  # a state that was loaded has spent some
         done, saved = (state, run.spent), time.monotonic()
+        if path:
+            run.save(path, *done)
         try:
             while (stage := _stage(run, state, scorer, limits)) is not None:
                 state = stage(state)
