@@ -83,7 +83,7 @@ def read_edm(path: str | os.PathLike) -> EDMCheckpoint:
         about["use_fp16"] = True
     encoder = content.get("encoder") if isinstance(content, dict) else None
     if isinstance(encoder, Record) and encoder.get("vae_name"):
-        about["latents"] = {"vae": encoder["vae_name"], **_latents(encoder)}
+        config["latents"] = {"name": str(encoder["vae_name"]), **_latents(encoder)}
     return EDMCheckpoint(config, named, about, inner)
 
 

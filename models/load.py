@@ -19,6 +19,7 @@ import torch
 from . import checkpoint, paths
 from .denoiser import Denoiser
 from .dit import DiT
+from .edm2_codec import EDM2Codec
 from .edm2_unet import EDM2UNet
 from .edm_checkpoint import EDMCheckpoint, check_same, read_edm
 from .edm_unet import EDMUNet
@@ -114,9 +115,20 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     Keys: ``path`` (see ``Path.to_config``), ``predicts``, ``precond``, ``sigma_data``, ``shape``, ``net`` (``type``:
     ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale``, ``time_offset``:
     the network is given time_scale x u + time_offset, u being t, or ln(rho) where ``time`` is ``log_rho``, or
-    ln(rho) / 4 with EDM preconditioning.
+    ln(rho) / 4 with EDM preconditioning. ``latents``: what an ``EDM2Codec`` is made with, where samples are such.
     """
-    known = {"path", "predicts", "precond", "sigma_data", "time", "time_scale", "time_offset", "net", "shape"}
+    known = {
+        "path",
+        "predicts",
+        "precond",
+        "sigma_data",
+        "time",
+        "time_scale",
+        "time_offset",
+        "net",
+        "shape",
+        "latents",
+    }
     if unknown := set(config) - known:
         raise ValueError(
             f"unknown key {', '.join(sorted(unknown))}; a Denoiser's config has {', '.join(sorted(known))}"
@@ -137,6 +149,9 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         net=net,
         shape=config["shape"],
     )
+    if config.get("latents") is not None:
+        classes = net.null_label
+        d.codec = EDM2Codec(**config["latents"], null=None if classes is None else {"label": classes})
     d.config = dict(config)
     return d
 
@@ -200,7 +215,7 @@ def convert(source: str | os.PathLike, out: str | os.PathLike) -> Denoiser:
     """A ``.pkl`` of EDM or EDM2 as a checkpoint of fewstep (``.safetensors``); returns what was read.
 
     Weights are stored as the pickle has them: half precision stays half. ``training`` in the file's metadata says where
-    they came from, and of EDM2's latent models what their latents are: scale x (what the VAE answers) + bias.
+    they came from.
     """
     d, found = _edm(Path(source))
     half = any(v.dtype == torch.float16 for v in found.tensors.values())

@@ -244,8 +244,36 @@ def test_edm2_pickles_are_read_and_converted(tmp_path, foreign, capsys):
     assert torch.equal(load(converted)(x, 2.0, label=label), d(x, 2.0, label=label))
     tensors, meta = checkpoint.read(converted)
     assert {v.dtype for v in tensors.values()} == {torch.float16}
-    assert meta["training"]["latents"] == {"vae": "some/vae", "scale": [1, 2, 3, 4], "bias": [0, 0, 0, 1]}
+    assert meta["config"]["latents"] == {"name": "some/vae", "scale": [1, 2, 3, 4], "bias": [0, 0, 0, 1]}
+    assert meta["training"] == {"class": "Precond", "source": "edm2.pkl", "use_fp16": True}
     assert main(["convert", str(file)]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_edm2_latents_have_a_codec(tmp_path, foreign):
+    """By the formulas of the released encoder: y = scale z + bias of a VAE that sees images in 0 .. 1."""
+    diffusers = pytest.importorskip("diffusers")
+    d = load(written(tmp_path, edm2_snapshot(foreign)[1]))
+    with pytest.raises(
+        ValueError, match=r"codec.vae must be set first: AutoencoderKL.from_pretrained\('some/vae'\)"
+    ):
+        d.codec.decode(torch.zeros(1, 4, 8, 8))
+    torch.manual_seed(0)
+    d.codec.vae = vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=4
+    ).eval()
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        z = vae.encode((image + 1) / 2).latent_dist.mean
+        scale, bias = torch.tensor([1.0, 2, 3, 4])[:, None, None], torch.tensor([0.0, 0, 0, 1])[:, None, None]
+        torch.testing.assert_close(d.codec.encode(image), scale * z + bias)
+        torch.testing.assert_close(d.codec.decode(scale * z + bias), 2 * vae.decode(z).sample - 1)
+    from fewstep.samplers import cfg
+
+    x, label = images(4), torch.tensor([1, 2])  # and guidance finds the label that stands for none
+    guided = 2 * d(x, 1.0, label=label) - d(x, 1.0, label=torch.tensor([4, 4]))
+    torch.testing.assert_close(cfg(d, 2.0)(x, 1.0, label=label), guided, rtol=1e-4, atol=1e-5)
+    bare = {"ema": edm2_snapshot(foreign)[1]["ema"]}  # pixels
+    assert load(written(tmp_path, bare)).codec is None
 
 
 def test_the_other_preconditioners_are_paths(tmp_path, foreign):
