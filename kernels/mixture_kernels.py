@@ -318,15 +318,19 @@ def _run(kernel, query, alpha, sigma, rows, mixture, label, given, parts) -> Non
     with torch.cuda.device_of(query):
         kernel[(ceil_div(len(query), TILE), splits)](
             query.mT.contiguous(), rows, rows.mT.contiguous(), alpha, sigma, log_weights, variances, label, labels,
-            *given, *parts, len(query), len(rows), each, **sizes, BQ=TILE, BK=TILE, PRECISION=_precision(),
+            *given, *parts, len(query), len(rows), each, **sizes, BQ=TILE, BK=TILE, **_options(),
             WEIGHTED=log_weights is not None, LABELLED=labels is not None, num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
-def _precision() -> str:
-    """How float32 is multiplied by tensor cores: whole where they can (AMD), else as three products of halves."""
+def _options() -> dict[str, Any]:
+    """How a compiler is to multiply float32 by tensor cores: whole (AMD), or as three products of halves.
+
+    ptxas is told that all registers are there: left alone it saves some of them for another program, by spilling.
+    """
     if interpreting():
-        return "ieee"
+        return {"PRECISION": "ieee"}
     from triton.runtime import driver
 
-    return "ieee" if driver.active.get_current_target().backend == "hip" else "tf32x3"
+    hip = driver.active.get_current_target().backend == "hip"
+    return {"PRECISION": "ieee"} if hip else {"PRECISION": "tf32x3", "maxnreg": 255}
