@@ -13,6 +13,7 @@ from .deis import deis
 from .dpm_single import dpm_single, fast_orders
 from .dpmpp import dpm, dpmpp
 from .dps import dps
+from .ensemble_posterior import ensemble_posterior
 from .ersde import ersde
 from .euler import euler
 from .feynman_kac import feynman_kac
@@ -45,12 +46,14 @@ from .unipc import unipc
 from .usf import usf
 
 __all__ = [
-    "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted", "autoguidance",
-    "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm", "dpm_single", "dpmpp", "dps",
-    "ersde", "euler", "fast_orders", "feature_distance", "feynman_kac", "grids", "heun", "importance", "init",
-    "ipndm", "ipndm_v", "minority", "minority_classes", "minority_score", "multistep", "pndm", "restart",
-    "rk", "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer",
-    "step", "svdd", "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc", "usf",
+    "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted",
+    "autoguidance", "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm",
+    "dpm_single", "dpmpp", "dps", "ensemble_posterior", "ersde", "euler", "fast_orders",
+    "feature_distance", "feynman_kac", "grids", "heun", "importance", "init", "ipndm", "ipndm_v",
+    "minority", "minority_classes", "minority_score", "multistep", "operators", "pndm", "restart", "rk",
+    "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer",
+    "step", "svdd", "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc",
+    "usf",
 ]  # fmt: skip
 
 
