@@ -220,22 +220,30 @@ def test_a_metric_that_is_no_number_is_refused():
         search(d, 2, budget=700, batch=4, reference=20, metric=to_data)
 
 
-def test_rounding_does_not_decide_what_is_found():
-    """Sums round by the number of threads and by the machine. Here every output is off by some 1e-15 of itself."""
-    found = []
+def found_through_noise(**options):
+    """Two searches whose networks' outputs are off by some 1e-15 of themselves, each in its own way."""
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         d = MIXTURE.denoiser(paths.vp_linear())
-        exact = d.call
 
-        def call(x, tau, exact=exact, generator=generator):
+        def call(x, tau, exact=d.call, generator=generator):
             out = exact(x, tau)
             return out * (1 + 4e-15 * torch.randn(out.shape, generator=generator, dtype=out.dtype))
 
         d = Denoiser(call, d.path, d.predicts, d.precond, d.sigma_data, d.time, d.net, d.shape)
-        found.append(search(d, 2, budget=760, batch=16, reference=30, metric=to_data, metric_batches=2))
-    assert found[0].options["search"]["schedules"] > 110
-    assert found[0].options == found[1].options and np.array_equal(found[0].times, found[1].times)
+        yield search(d, 2, batch=16, reference=30, **options)
+
+
+def test_rounding_does_not_decide_what_is_found(monkeypatch):
+    """Sums round by the number of threads and by the machine; what is found is the same to the last bit."""
+    one, other = found_through_noise(budget=760, metric=to_data, metric_batches=2)
+    assert one.options["search"]["schedules"] > 110
+    assert one.options == other.options and np.array_equal(one.times, other.times)
+    # the negative control: with all figures kept the two part; here they end at times 0.04 from one another
+    monkeypatch.setattr(trials, "FIGURES", 17)
+    monkeypatch.setattr(importlib.import_module("fewstep.samplers.schedules"), "DIGITS", 15)
+    one, other = found_through_noise(budget=500)
+    assert not np.array_equal(one.times, other.times)
 
 
 def test_labels_are_dealt_out():
