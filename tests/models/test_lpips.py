@@ -60,6 +60,23 @@ def test_it_is_the_sum_over_blocks_of_weighted_squares(files):
     )
 
 
+def test_it_is_the_packages(tmp_path):
+    """Beside the lpips package itself, where that is installed: a random backbone, and the heads that it ships."""
+    lpips_package = pytest.importorskip("lpips")
+    reference = lpips_package.LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
+    held = {f"features.{n.split('.', 1)[1]}": p.contiguous() for n, p in reference.net.state_dict().items()}
+    held |= {
+        n: p.contiguous()
+        for n, p in reference.state_dict().items()
+        if n.startswith("lin") and "lins" not in n
+    }
+    save_file({n: p.clone() for n, p in held.items()}, tmp_path / "both.safetensors")
+    distance = lpips(*[tmp_path / "both.safetensors"] * 2)
+    a, b = (torch.rand(2, 3, 33, 47, generator=torch.Generator().manual_seed(k)) * 2 - 1 for k in (2, 3))
+    with torch.no_grad():
+        torch.testing.assert_close(distance(a, b), reference(a, b).flatten(), rtol=1e-5, atol=0)
+
+
 def test_it_scores_minorities(files):
     from fewstep.models import Denoiser, paths
     from fewstep.samplers import minority_score
