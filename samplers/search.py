@@ -45,12 +45,8 @@ from .table import Table
 from .trials import Record, State, Trials, error, lengths, rounded
 
 FINALISTS = 4  # of the search, and as many made by hand
-PARENTS, BROOD, MEASURED, LUCKY = (
-    12,
-    96,
-    6,
-    2,
-)  # a generation: mutants made, the predictor's picks, random ones
+# a generation: mutants made, the predictor's picks, random ones
+PARENTS, BROOD, MEASURED, LUCKY = 12, 96, 6, 2
 DIFFERENCE = 1e-3
 SAVE_EVERY = 5.0  # seconds
 FIRST = 0.25  # with a metric, what the first stage may have of the budget that is not spoken for

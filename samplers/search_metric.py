@@ -9,9 +9,8 @@ All candidates are scored on the same noise: the luck of one is the luck of the 
 than scores. The search learns that luck by heart, so the finalists are scored on other noise, and the winner is scored
 for the record on a third, beside the first stage's own winner and the best made by hand.
 
-What S^3 says otherwise: its scores are FIDs from the beginning, there being no first stage, no other noise to choose
-by, and no ``back`` or variable but lam among the decisions; its predictor is a sequence model. The authors' code, for
-its part, has no predictor: it mutates and crosses the 15 best, by FIDs of 1000 images.
+The paper scores by FID from the beginning, and knows no first stage. Its authors' code has no predictor either: it
+mutates and crosses the 15 best so far, by FIDs of 1000 images, and may put a fixed guess in place of the first call.
 """
 
 from __future__ import annotations
@@ -27,12 +26,8 @@ from .ranker import ranker
 from .schedules import Schedule, encoded, mutant
 from .trials import Record, State, Trials, rounded
 
-BROOD, MEASURED, LUCKY, PARENTS = (
-    192,
-    5,
-    1,
-    10,
-)  # a generation: mutants made, the predictor's picks, random ones
+# a generation: mutants made, the predictor's picks, random ones
+BROOD, MEASURED, LUCKY, PARENTS = 192, 5, 1, 10
 SEEDS = 6  # of the first stage that are scored to begin with, and of those made by hand
 FINALISTS = 4  # of this stage, of the first, and of those made by hand
 ROLES = ("training", "choosing", "fresh")  # what noise is for
