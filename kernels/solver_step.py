@@ -138,12 +138,12 @@ def _add_to_all(sums, value, weights, ok, SOURCE: tl.constexpr, MASKS: tl.conste
 
 # a row's counter may stand anywhere, and tables are of any length: neither is worth another compile
 @jit(
-    do_not_specialize=["draws", "row_count", "lane_count"],
+    do_not_specialize=["draws", "parts", "row_count", "lane_count"],
     do_not_specialize_on_alignment=["rows", "lanes", "slots", "limits", "seeds", "ids", "table"],
 )
 def step_kernel(
     x, y, z, history, outputs, table, rows, lanes, slots, limits, seeds, ids, out_x, out_y, stored, partials,
-    count, draws, row_count, lane_count, SUMS: tl.constexpr,
+    count, draws, parts, row_count, lane_count, SUMS: tl.constexpr,
     ROW_EACH: tl.constexpr, LANE_EACH: tl.constexpr, SEED_EACH: tl.constexpr, LIMIT_EACH: tl.constexpr,
     HELD: tl.constexpr, PRESENT: tl.constexpr, OUTPUTS: tl.constexpr, MASKS: tl.constexpr, SLOT: tl.constexpr,
     DRAWS: tl.constexpr, CLIPS: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr,
@@ -220,23 +220,23 @@ def step_kernel(
         tl.store(out_y + at, point, mask=inside)
     if SUMS > 4:
         u, v = tl.where(inside, u, 0.0), tl.where(inside, v, 0.0)
-        mine_of = partials + (sample * tl.num_programs(1) + block) * 3
-        tl.store(mine_of, tl.sum(u * u))
-        tl.store(mine_of + 1, tl.sum(u * v))
-        tl.store(mine_of + 2, tl.sum(v * v))
+        part = partials + sample * 3 * parts + block
+        tl.store(part, tl.sum(u * u))
+        tl.store(part + parts, tl.sum(u * v))
+        tl.store(part + 2 * parts, tl.sum(v * v))
 
 
 @jit
-def fold_kernel(partials, out, blocks, LANES: tl.constexpr):
-    """The sum over blocks, one program a sample, always in the same order."""
+def fold_kernel(partials, out, parts, LANES: tl.constexpr):
+    """The sum over a sample's blocks, one program a sample, always in the same order."""
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     for k in tl.static_range(3):
         total = tl.zeros((LANES,), tl.float32)
         begin = 0
-        while begin < blocks:
+        while begin < parts:
             at = begin + lane
-            total += tl.load(partials + (sample * blocks + at) * 3 + k, mask=at < blocks, other=0.0)
+            total += tl.load(partials + (sample * 3 + k) * parts + at, mask=at < parts, other=0.0)
             begin += LANES
         tl.store(out + sample * 3 + k, tl.sum(total))
 
@@ -276,18 +276,21 @@ def launch(
     blocks = ceil_div(count, block)
     each = (int(t is not None and t.numel() > 1) for t in (row, lane, seed, limit))
     with torch.cuda.device_of(x):
-        partials = x.new_empty(batch, blocks, 3) if products else None
+        parts = 16 * ceil_div(blocks, 16)  # of which the last are zero, so that all are read in wide loads
+        partials = x.new_zeros(batch, 3, parts) if products else None
         step_kernel[(blocks, 1) if flat else (batch, blocks)](
             x, y, z, tuple(x if t is None else t for t in held) or (x,), tuple(given) or (x,), table, row, lane, slots,
             limit, seed, ids, results[0], results[1] if masks[YS] else None,
             tuple(results[1 + bool(masks[YS]) :]) or (x,), partials,
-            count, ceil_div(total // batch, 4), *table.shape[:3], *each,
+            count, ceil_div(total // batch, 4), parts, *table.shape[:3], *each,
             HELD=len(held), PRESENT=sum(1 << k for k, t in enumerate(held) if t is not None), OUTPUTS=len(given),
             MASKS=(*masks, 0, 0)[:6], SLOT=slot, DRAWS=seed is not None, CLIPS=limit is not None, FLAT=flat,
             BLOCK=block, num_warps=max(1, min(4, block // 256)),
         )  # fmt: skip
         if partials is not None:
-            fold_kernel[(batch,)](partials, results[-1], blocks, LANES=min(1024, next_power_of_2(blocks)))
+            fold_kernel[(batch,)](
+                partials, results[-1], parts, LANES=min(1024, next_power_of_2(parts)), num_warps=1
+            )
     return results
 
 
