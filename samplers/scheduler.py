@@ -160,6 +160,11 @@ class FewstepScheduler(SchedulerMixin, ConfigMixin):
         """Where in ``timesteps`` the pipeline said that it begins."""
         return self._begin_index
 
+    @property
+    def noise(self) -> Noise | None:
+        """What ``set_noise`` was told last, or the config's ``seed``."""
+        return self._noise
+
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 

@@ -78,7 +78,8 @@ def steer(
             own table, and of diffusers' classes the equal here (``theirs.table_of``). Else a Table, which is run as it
             is, or a function of the path and ``num_inference_steps``.
         interval: the pipeline's guidance acts at noise levels lo < sigma/alpha <= hi alone (2404.07724).
-        seed: of what the method draws; by default drawn from the call's own ``generator``, after the initial noise.
+        seed: of what the method draws; by default a ``FewstepScheduler``'s own, or else drawn from the call's
+            ``generator``, after the initial noise.
 
     The network, the scheduler and all else of ``pipe`` are its own between calls and after them, whatever happened.
     """
@@ -162,7 +163,7 @@ class Steered:
             table = (
                 self.table if isinstance(self.table, Table) else self.table(d.path, _steps(asked.schedule))
             )
-        seed = self._seed(generator)
+        seed = self._seed(scheduler, generator)
         known = {} if _has_seed(self.method) else {"seed": seed}
         result = self.method(d, noise, table, cond=Condition(asked.cond, asked.null), **known)
         x, info = result if isinstance(result, tuple) else (result, None)
@@ -174,9 +175,10 @@ class Steered:
         self.info = Run(len(calls), table, scale, seed, info)
         return x
 
-    def _seed(self, generator: Any) -> int:
-        if self.seed is not None:
-            return self.seed
+    def _seed(self, scheduler: Any, generator: Any) -> int:
+        own = scheduler.noise if self.seed is None and hasattr(scheduler, "table_for") else self.seed
+        if isinstance(own, int):
+            return own
         first = generator[0] if isinstance(generator, (list, tuple)) else generator
         device = "cpu" if first is None else first.device
         return int(torch.randint(2**62, (1,), generator=first, device=device))
