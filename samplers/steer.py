@@ -163,7 +163,8 @@ class Steered:
             table = (
                 self.table if isinstance(self.table, Table) else self.table(d.path, _steps(asked.schedule))
             )
-        seed = self._seed(scheduler, generator)
+        draws = table.stochastic or self.method is not sample
+        seed = self._seed(scheduler, generator) if draws else 0  # as the plain pipeline leaves its generator
         known = {} if _has_seed(self.method) else {"seed": seed}
         result = self.method(d, noise, table, cond=Condition(asked.cond, asked.null), **known)
         x, info = result if isinstance(result, tuple) else (result, None)

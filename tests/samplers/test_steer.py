@@ -137,6 +137,11 @@ def test_all_of_a_call_is_the_pipelines_own():
             g.set_state(state)
         with steer(pipe, sample):
             assert close(pipelines.run("sd", pipe, steps=4, **call), plain)
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))  # through several calls
+    plain = [pipelines.run("sd", pipe, generator=one) for _ in range(2)]
+    with steer(pipe, sample):
+        assert all(close(pipelines.run("sd", pipe, generator=other), image) for image in plain)
+    assert torch.equal(one.get_state(), other.get_state())
     with steer(pipe, sample):
         pictures, flagged = pipe("a", num_inference_steps=2, height=16, width=16, return_dict=False)
     assert pictures[0].size == (16, 16) and flagged is None
