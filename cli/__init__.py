@@ -5,6 +5,7 @@ fewstep sample path/to/sdxl --prompt "a fox" --negative blurry --steps 8 --out f
 fewstep solvers
 fewstep table deis --steps 6 --path vp_linear
 fewstep search digits --nfe 5 --out table.json
+fewstep control digits-inpaint num=4 --out inpainted.png
 fewstep teacher digits-flow
 fewstep demo
 """
@@ -21,6 +22,7 @@ VERBS = {
     "table": (".table", "prints a solver's coefficients on a path, draws or saves them"),
     "convert": (".convert", "a checkpoint of EDM or EDM2 as safetensors, without running its pickled code"),
     "teleport-stats": (".teleport_stats", "mean and covariance of a data set, for skipping the noisy steps"),
+    "control": (".control", "samples under a reward, a target density or an observation, by a recipe"),
     "search": (".search", "searches a solver for a model at a number of network calls, and saves its table"),
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),

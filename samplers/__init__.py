@@ -1,6 +1,6 @@
 """Solvers as data, and the one loop that runs them."""
 
-from . import grids, targets
+from . import grids, operators, targets
 from .abm import abm
 from .adapters import adapted
 from .best_of_n import best_of_n, importance
