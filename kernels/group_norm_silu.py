@@ -41,6 +41,29 @@ WHOLE = 8192  # elements of a group that one program holds
 # --- the reference ---------------------------------------------------------------------------------------------------
 
 
+def plain(
+    x: torch.Tensor,
+    groups: int,
+    weight: Maybe = None,
+    bias: Maybe = None,
+    add: Maybe = None,
+    eps: float = 1e-5,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """x (N, C, ...), weight and bias (C,) or (N, C), add (N, C): y, laid out as a dense x is."""
+    to, dtype = precise(x, weight, add), result_type(x, add)
+    x = x.to(to)
+    v = x if add is None else x + _spread(add.to(to), x)
+    if weight is None or weight.ndim == 1:
+        v = functional.group_norm(v, groups, *(w if w is None else w.to(to) for w in (weight, bias)), eps)
+    else:
+        v = torch.addcmul(
+            _spread(bias.to(to), x), functional.group_norm(v, groups, eps=eps), _spread(weight.to(to), x)
+        )
+    y = (functional.silu(v) if activation == "silu" else v).to(dtype)
+    return dense(y, like=x)
+
+
 def reference(
     x: torch.Tensor,
     groups: int,
@@ -50,16 +73,10 @@ def reference(
     eps: float = 1e-5,
     activation: str = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (N, C, ...), weight and bias (C,) or (N, C), add (N, C): y like x, and mean and 1 / std (N, groups)."""
+    """``plain``, and the mean and 1 / std of each group, (N, groups)."""
     to = precise(x, weight, add)
-    v = x.to(to) if add is None else x.to(to) + _spread(add.to(to), x)
-    mean, rstd = _statistics(v.detach(), groups, eps)
-    if weight is None or weight.ndim == 1:
-        v = functional.group_norm(v, groups, *(w if w is None else w.to(to) for w in (weight, bias)), eps)
-    else:
-        v = functional.group_norm(v, groups, eps=eps) * _spread(weight.to(to), x) + _spread(bias.to(to), x)
-    y = functional.silu(v) if activation == "silu" else v
-    return torch.empty_like(x, dtype=result_type(x, add)).copy_(y), mean, rstd
+    v = (x.to(to) if add is None else x.to(to) + _spread(add.to(to), x)).detach()
+    return plain(x, groups, weight, bias, add, eps, activation), *_statistics(v, groups, eps)
 
 
 def reference_backward(
@@ -330,17 +347,19 @@ def group_norm_silu(
     weight, bias, add = (v if v is None else v.contiguous() for v in (weight, bias, add))
     chosen = choose("group_norm_silu", impl, [x], _unsupported(x, weight, bias, add))
     if chosen == "reference":
-        return reference(x, groups, weight, bias, add, eps, activation)[0]
+        return plain(x, groups, weight, bias, add, eps, activation)
     return op(dense(x), groups, weight, bias, add, eps, activation)[0]
 
 
 def dense(x: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-    """x with its channels first or last in memory, as it is already if it is, or as ``like``."""
-    if like is not None and not like.is_contiguous():
-        return x.movedim(1, -1).contiguous().movedim(-1, 1)
-    if like is None and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return x
-    return x.contiguous()
+    """x with its channels last in memory where those of ``like`` (by default x itself) are, else first."""
+    if not _last(x if like is None else like):
+        return x.contiguous()
+    return x if _last(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _last(x: torch.Tensor) -> bool:
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _unsupported(x: torch.Tensor, *more: Maybe) -> str | None:
