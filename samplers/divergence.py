@@ -63,7 +63,7 @@ def _curvature(f: Callable, qs: Sequence[float], x: torch.Tensor, v: torch.Tenso
     with sdpa_kernel(SDPBackend.MATH):
         try:
             with torch.no_grad():
-                outputs, tangents = torch.func.jvp(f, (x,), (v,))
+                outputs, tangents = torch.func.jvp(f, (x,), (v,))  # type: ignore[bad-unpacking]
             return outputs, sum(q * _dot(v, tangent) for q, tangent in zip(qs, tangents, strict=True))
         except NotImplementedError:  # an op without a forward derivative
             pass

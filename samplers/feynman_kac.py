@@ -38,6 +38,7 @@ from .feynman_kac_walk import Drift, Quadrature, Walk, drift_denoiser
 from .noise import START, Seed, check_ids, normal, seed_on, words
 from .plan import Plan
 from .powers import Powers, scaled
+from .resampling import uniforms
 from .table import Table
 from .targets import Target, own
 
@@ -130,6 +131,9 @@ def feynman_kac(
         state, seeds = _opening(plan, noise, ids, particles, seed)
         cloud, pending = walk.start(state)
         swarm = smc.init(cloud, particles, ids)
+        draws = None  # all at once where they are few: a draw costs many small operations
+        if scheme == "systematic":
+            draws = uniforms(ids, particles, range(len(walk.steps)), seed)
         for row in loop._bar(plan.table.calls, progress):
             moved, gain, info = walk(swarm.state, row, cond, seeds)
             pending = pending + gain
@@ -139,7 +143,10 @@ def feynman_kac(
                 callback(info)
             if row + 1 in walk.closing:
                 inside = row + 1 < plan.table.calls and _inside(interval, walk.rho[walk.steps[row + 1]])
-                swarm, happened = smc.step(swarm, pending, when=when, scheme=scheme, seed=seed, active=inside)
+                u = None if draws is None else draws[swarm.row]
+                swarm, happened = smc.step(
+                    swarm, pending, when=when, scheme=scheme, seed=seed, active=inside, u=u
+                )
                 seen.append(happened)
                 pending = torch.zeros_like(pending)
     history = smc.stacked(seen)

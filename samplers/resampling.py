@@ -103,13 +103,33 @@ SCHEMES = {
 
 
 def resample(
-    log_weights: torch.Tensor, ids: torch.Tensor, row: int = 0, seed: Seed = 0, scheme: str = "systematic"
+    log_weights: torch.Tensor,
+    ids: torch.Tensor,
+    row: int = 0,
+    seed: Seed = 0,
+    scheme: str = "systematic",
+    u: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Indices (groups, K) into each group's K particles, for log-weights (groups, K) of groups ``ids`` (groups,)."""
-    index, uniforms = SCHEMES[check_scheme(scheme)]
+    """Indices (groups, K) into each group's K particles, for log-weights (groups, K) of groups ``ids`` (groups,).
+
+    ``u``: this row's of ``uniforms``, for whoever has drawn them all at once.
+    """
+    check_scheme(scheme)
     if log_weights.ndim != 2:
         raise ValueError(f"log_weights must have shape (groups, particles), got {tuple(log_weights.shape)}")
-    return index(log_weights, uniform(seed, ids, uniforms(log_weights.shape[-1]), row, STREAM))
+    if u is None:
+        u = uniforms(ids, log_weights.shape[-1], range(row, row + 1), seed, scheme)[0]
+    return SCHEMES[scheme].index(log_weights, u)
+
+
+def uniforms(
+    ids: torch.Tensor, count: int, rows: range, seed: Seed = 0, scheme: str = "systematic"
+) -> torch.Tensor:
+    """What ``resample`` draws at each of many rows for groups of ``count`` particles: (rows, groups, a scheme's)."""
+    wanted = SCHEMES[check_scheme(scheme)].uniforms(count)
+    # made on the device: a copy from here would be waited for
+    row = torch.arange(rows.start, rows.stop, device=ids.device).repeat_interleave(len(ids))
+    return uniform(seed, ids.repeat(len(rows)), wanted, row, STREAM).reshape(len(rows), len(ids), wanted)
 
 
 def check_scheme(scheme: str) -> str:

@@ -88,6 +88,7 @@ def step(
     scheme: str = "systematic",
     seed: Seed = 0,
     active: bool = True,
+    u: torch.Tensor | None = None,
 ) -> tuple[Particles, Info]:
     """Weigh the particles by ``log_potentials`` (groups * K,) or (groups, K), and resample where it is time.
 
@@ -96,6 +97,7 @@ def step(
             after which all groups do.
         scheme: of ``resampling``.
         active: False keeps the weights for later: outside the interval in which resampling is on.
+        u: the row's of ``resampling.uniforms``; drawn here unless given.
     """
     check_scheme(scheme)
     groups, count = particles.log_weights.shape
@@ -106,7 +108,7 @@ def step(
     moved = particles._replace(log_weights=weights, row=particles.row + 1)
     if not active or (size.device.type == "cpu" and not bool(now.any())):  # a CPU may look
         return moved, Info(size, now, index)
-    chosen = resample(weights, particles.ids, particles.row, seed, scheme)
+    chosen = resample(weights, particles.ids, particles.row, seed, scheme, u)
     index = torch.where(now[:, None], chosen, index)
     moved = moved._replace(
         state=take(
