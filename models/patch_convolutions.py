@@ -59,7 +59,8 @@ def resnet_block(self, input_tensor, temb, *args, **kwargs):
     h = self.conv2(self.dropout(normed(self.norm2, h, **more)))
     if self.conv_shortcut is not None:
         x = self.conv_shortcut(x.contiguous() if self.training else x)
-    return (x + h) / self.output_scale_factor
+    # dividing by 1 would read and write the whole map once more
+    return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
 
 
 @replaces("group_norm_silu", inner=TWO)
