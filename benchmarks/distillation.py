@@ -22,11 +22,9 @@ import torch
 
 from fewstep.distill.draws import Draws
 from fewstep.distill.run import open_student, run
-from fewstep.distill.validation import modes_found
+from fewstep.distill.validation import compare_points, modes_found
 from fewstep.eval.bench import environment
 from fewstep.eval.demo import Judge
-from fewstep.eval.mmd import rbf_mmd
-from fewstep.eval.sliced import sliced_wasserstein
 from fewstep.models import digits, load
 from fewstep.models.checkpoint import write_atomically
 from fewstep.models.denoiser import Denoiser
