@@ -35,7 +35,7 @@ from fewstep.samplers.tree_sample import tree_sample
 from fewstep.samplers.tree_search import tree_search
 
 RESULTS = Path(__file__).parent / "results" / "trees-cpu.json"
-SEEDS, FEWER = 16, 6  # of mixtures at the first budget; of all else, where a run takes seconds
+SEEDS, FEWER = 16, 4  # of mixtures at the first budget; of all else, where a run takes seconds
 
 
 class Case(NamedTuple):
@@ -207,6 +207,11 @@ def pooled(known: dict, reward: str) -> list[float]:
     return [v for i in range(PARTS) for v in known[f"rollouts|{i}"][reward]]
 
 
+def error(values) -> float:
+    """The standard error of a mean."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.inf
+
+
 def w1(x: np.ndarray, weights: np.ndarray, picked: np.ndarray) -> float:
     every = np.concatenate([x, picked])
     order = np.argsort(every)
@@ -235,26 +240,26 @@ def jobs():
         yield f"rollouts|{i}", lambda known, i=i: part(i)
     for name in CASES:
         yield f"reference|{name}", lambda known, name=name: reference(name, known)
-    for large in (False, True):
-        for seed in range(SEEDS):
-            for name in CASES:
-                if (large and len(CASES[name]().budgets) == 1) or (
-                    (large or name in TILTED) and seed >= FEWER
-                ):
-                    continue
-                budget = CASES[name]().budgets[-1 if large else 0]
-                for method in METHODS:
-                    yield (
-                        f"sample|{name}|{budget}|{method}|{seed}",
-                        lambda known, a=(name, budget, method, seed): cell(known, *a),
-                    )
-            for name in SEARCH if not large and seed < FEWER else ():
-                for grow in ("improvement", "bounds"):
-                    for budget in BUDGETS:
-                        yield (
-                            f"search|{name}|{budget}|{grow}|{seed}",
-                            lambda known, a=(name, budget, seed, grow): search_cell(*a),
-                        )
+    for name, budget, seed in plan():
+        for method in METHODS:
+            key = f"sample|{name}|{budget}|{method}|{seed}"
+            yield key, lambda known, a=(name, budget, method, seed): cell(known, *a)
+        if name == "digits: much ink":
+            for key in (
+                (r, str(b), g, str(seed)) for r in SEARCH for b in BUDGETS for g in ("improvement", "bounds")
+            ):
+                yield (
+                    "|".join(("search", *key)),
+                    lambda known, a=key: search_cell(a[0], int(a[1]), int(a[3]), a[2]),
+                )
+
+
+def plan():
+    """Cases, budgets and seeds: half of the mixtures' seeds, then the digits, then the rest, then larger budgets."""
+    for first, last in ((0, SEEDS // 2), (SEEDS // 2, SEEDS)):
+        yield from ((name, 1000, seed) for seed in range(first, last) for name in MIXTURES)
+        yield from ((name, 600, seed) for seed in range(0, FEWER if not first else 0) for name in TILTED)
+    yield from ((name, 4000, seed) for seed in range(FEWER) for name in MIXTURES)
 
 
 def cell(known: dict, name: str, budget: int, method: str, seed: int) -> dict[str, Any]:
@@ -281,15 +286,15 @@ def tables(known: dict) -> str:
             f"## {name}", "",
             f"Equally weighted rollouts are worth {truth['fraction']:.2g} of their number; log Z = "
             f"{truth['log_z']:.2f}. The reference is worth {truth['ess']:.0f} draws.", "",
-            "| method | " + " | ".join(f"W1, {b} calls | log Z | best reward" for b in budgets) + " |",
-            "|---|" + "--:|--:|--:|" * len(budgets),
+            "| method | " + " | ".join(f"runs | W1, {b} calls | log Z | best reward" for b in budgets) + " |",
+            "|---|" + "--:|--:|--:|--:|" * len(budgets),
         ]  # fmt: skip
         for method in METHODS:
             cells = []
             for budget in budgets:
                 found = rows[budget].get(method, [])
                 if not found:
-                    cells += ["", "", ""]
+                    cells += [""] * 4
                     continue
                 gaps = np.array([f["w1"] for f in found])
                 logs = [f["log_z"] for f in found if f["log_z"] is not None]
@@ -331,7 +336,7 @@ def search_table(known: dict) -> list[str]:
                 mean = float(np.mean(found))
                 needed = next((n for n, value in enumerate(mean_best, 1) if value >= mean), None)
                 ratio = f"{needed / (budget / 12):.1f}" if needed else f"> {1024 / (budget / 12):.0f}"
-                cells.append(f"{mean:.4f} +- {np.std(found, ddof=1) / len(found) ** 0.5:.4f}, {ratio} x")
+                cells.append(f"{mean:.4f} +- {error(found):.4f} ({len(found)} runs), {ratio} x")
             lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
         cells = [f"{mean_best[budget // 12 - 1]:.4f}" for budget in BUDGETS]
         lines.append(f"| {name} | best of n | " + " | ".join(cells) + " |")

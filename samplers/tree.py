@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models.rewards import Reward, checked
+from ..models.rewards import Reward, RewardError, checked
 from .chain import Chain, Ids
 from .noise import uniform
 from .tree_store import Store
@@ -92,6 +92,15 @@ class Tree:
         return grow(self, budget)
 
     # --- what growing does to it ------------------------------------------------------------------------------
+
+    def rewards_of(self, x: torch.Tensor) -> torch.Tensor:
+        """The rewards of samples, (B,) float64 on the host; what cannot be an exponent is refused."""
+        rewards = self.score(x).double().cpu()
+        if not bool(torch.isfinite(self.scale * rewards).all()):
+            raise RewardError(
+                f"reward times scale = {self.scale:g} must be finite, got {self.scale * rewards}"
+            )
+        return rewards
 
     def add(self, parent: int, depth: int, slot: int, guess: float = float("nan")) -> int:
         """A node without a value yet; its number."""

@@ -79,7 +79,7 @@ def rollouts(tree: Tree, starts: Sequence[int], ids: Sequence[int], weights: Seq
             walking = walking + joining
         if walking:
             node = chain.move(node, seen, depth, tags[walking])
-    rewards = tree.score(node[0]).double().tolist()
+    rewards = tree.rewards_of(node[0]).tolist()
     made.append((list(walking), node, chain.depth))
     tree.calls += sum(cost(tree, start) for start in starts)
     at = list(starts)
@@ -114,12 +114,12 @@ def step_from(tree: Tree, starts: Sequence[int], whole: bool = False) -> None:
         while True:
             depth += 1
             if depth == chain.depth:
-                made.append((walking, node, depth, tree.score(node[0]).double().tolist()))
+                made.append((walking, node, depth, tree.rewards_of(node[0]).tolist()))
                 break
             seen, x0 = chain.look(node, depth)
             calls += len(walking)
             tree.widths[depth] = len(node)
-            guess = [float("nan")] * len(walking) if x0 is None else tree.score(x0).double().tolist()
+            guess = [float("nan")] * len(walking) if x0 is None else tree.rewards_of(x0).tolist()
             made.append((walking, (*node, *seen), depth, guess))
             if not whole:
                 break

@@ -148,7 +148,7 @@ def population(tree: Tree, size: int, slope: np.ndarray, ess: float) -> None:
         tree.widths[depth] = len(node)
         guess = torch.full((size,), float("nan"), dtype=torch.float64)
         if x0 is not None:
-            guess = tree.scale * tree.score(x0).double().cpu()
+            guess = tree.scale * tree.rewards_of(x0)
             now = float(slope[depth]) * guess
             log, before = log + now - before, now
         made.append(((*node, *seen), parents, guess.tolist()))
@@ -159,7 +159,7 @@ def population(tree: Tree, size: int, slope: np.ndarray, ess: float) -> None:
             log, before = torch.zeros_like(log), before[parents]
             node, seen = (tuple(t[parents.to(device)] for t in part) for part in (node, seen))
         node = chain.move(node, seen, depth, tags)
-    rewards = tree.score(node[0]).double().cpu()
+    rewards = tree.rewards_of(node[0])
     weights = (log + tree.scale * rewards - before + log_z).tolist()
     tree.calls += size * cost(tree, ROOT)
     tree.drawn += size
