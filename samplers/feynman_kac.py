@@ -12,6 +12,8 @@ no further network passes, but weights whose spread grows with the root of the d
 already. ``"transport"`` is  u = -f + (g^2 / 2) S / B,  the probability flow of the normalised blend, with all noise
 scaled by 1 / sqrt(B): for one Gaussian its weights are equal, and what they measure is how little the densities are
 Gaussians; it needs a divergence. Where B = 1 (cfg, geometric means, rlg) the two are one. A table may draw any noise.
+The target drift is stiff: at high noise it contracts B times as fast, and steps of more than about 1 / B in lam, or
+multistep rows, make it swing.
 
 >>> from fewstep.models import GaussianMixture, paths
 >>> from fewstep.samplers import ddim, grids, starting_noise, targets
@@ -89,7 +91,8 @@ def feynman_kac(
     Args:
         d: a model, or the models of a product.
         table: any table on their path whose steps can be told apart; how much noise it draws is free.
-        target: of ``targets``; by default what d stands for (the density that a guided model aims at).
+        target: of ``targets`` (a reward is waited for, nothing else is); by default what d stands for: the density that
+            a guided model aims at.
         particles: how many stand for one row of noise. The first of them opens with it and draws as ``sample`` does;
             where all weights are equal (exponent 1, no reward) it is the sample, bit for bit.
         divergence: ``"exact"`` (a pass a dimension) or ``"hutchinson"`` with one probe, or the number of probes.

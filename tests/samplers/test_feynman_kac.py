@@ -154,18 +154,18 @@ def test_masses_and_normalisers(name):
     mixtures, target, truth, log_z = LAWS[name]
     path = paths.edm(sigma_max=300.0, sigma_min=0.01)
     ds = [m.denoiser(path) for m in mixtures]
-    table = sde_dpmpp(path, grids.logsnr(path, 64), order=2)
-    options = {"target": target, "particles": 500, "seed": 3}
+    table = sde_dpmpp(path, grids.logsnr(path, 56), order=2)
+    options = {"target": target, "particles": 400, "seed": 3}
     _, info = feynman_kac(ds, unit(16, 1, 3), table, drift="transport", divergence="exact", **options)
     assert within(mass(info.particles, info.weights), truth, 0.01)
     ratio = (info.log_normaliser - log_z).exp()
-    assert within(ratio, 1.0, 0.01)  # what 64 steps leave
+    assert within(ratio, 1.0, 0.01)  # what so many steps leave
     _, info = feynman_kac(ds, unit(16, 1, 3), table, drift="target", **options)
     assert within(mass(info.particles, info.weights), truth, 0.05)
     # the control: without weights, whatever the drift
     for drift in ("target", "transport"):
         _, info = feynman_kac(ds, unit(16, 1, 3), table, drift=drift, when=0.0, **options)
-        found = mass(info.particles, torch.full_like(info.weights, 1 / 500))
+        found = mass(info.particles, torch.full_like(info.weights, 1 / 400))
         assert not within(found, truth)
 
 
@@ -178,9 +178,9 @@ def test_rewards_tilt(gradient, of):
     base = A if of is None else A.power(2)
     exact = base.tilt([-1.0], -1.0)
     d = A.denoiser(paths.edm(sigma_max=300.0, sigma_min=0.01))
-    table = sde_dpmpp(d.path, grids.logsnr(d.path, 96), order=2)
+    table = sde_dpmpp(d.path, grids.logsnr(d.path, 72), order=2)
     target = targets.tilt(reward, of=of, gradient=gradient)
-    options = {"target": target, "particles": 500, "seed": 5, "drift": "transport", "divergence": "exact"}
+    options = {"target": target, "particles": 400, "seed": 5, "drift": "transport", "divergence": "exact"}
     _, info = feynman_kac(d, unit(16, 1, 5), table, **options)
     found = mass(info.particles, info.weights)
     assert within(found, below_zero(exact), 0.01)
@@ -189,7 +189,7 @@ def test_rewards_tilt(gradient, of):
         ratio, 1.0, 0.1 if gradient == "half" else 0.02
     )  # half: left-point in the reward, first order
     _, zeroed = feynman_kac(d, unit(16, 1, 5), table, **{**options, "when": 0.0})
-    flat = mass(zeroed.particles, torch.full_like(zeroed.weights, 1 / 500))
+    flat = mass(zeroed.particles, torch.full_like(zeroed.weights, 1 / 400))
     assert (flat.mean() - below_zero(exact)).abs() > 10 * flat.std() / 4
 
 
