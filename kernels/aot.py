@@ -147,9 +147,7 @@ def _serve() -> None:
                     reading = dataclasses.replace(read(made), seconds=round(seconds, 2))
                     seen[made.hash] = dataclasses.asdict(reading)
             answer = {"readings": list(seen.values())}
-        except (
-            Exception
-        ) as error:  # every kind is a finding about this case, and the next one is to be served
+        except Exception as error:  # whatever it is, it is a finding about this case
             answer = {"error": f"{type(error).__name__}: {str(error)[:2000]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
