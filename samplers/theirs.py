@@ -80,7 +80,9 @@ def grid_of(scheduler: Any, path: Path, steps: int) -> np.ndarray:
 def _grid(scheduler: Any, path: Path) -> np.ndarray:
     kind = kind_of(scheduler)
     if kind in INDEXED:
-        abar = scheduler.alphas_cumprod[scheduler.timesteps.long().cpu()].cpu().numpy()
+        # PNDM's timesteps are its calls, of which some share a step
+        asked = scheduler._timesteps[::-1].copy() if kind == "PNDM" else scheduler.timesteps
+        abar = scheduler.alphas_cumprod[torch.as_tensor(asked).long().cpu()].cpu().numpy()
         last = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
         rho = np.sqrt((1 - np.append(abar, last)) / np.append(abar, last))
     else:
@@ -120,6 +122,15 @@ def _ddpm(config: Any, steps: int) -> tuple[str, dict]:
     if variance is None:
         raise _Other(f"with variance_type={config.variance_type!r}")
     return "ddpm", {"variance": variance}
+
+
+def _pndm(config: Any, steps: int) -> tuple[str, dict]:
+    even = config.num_train_timesteps % steps == 0
+    if config.timestep_spacing == "linspace" or (config.timestep_spacing == "trailing" and not even):
+        raise _Other(
+            f"with timestep_spacing={config.timestep_spacing!r}, whose steps end beside its own grid,"
+        )
+    return "pndm", {"variant": "plms" if config.skip_prk_steps else "fast"}
 
 
 def _dpmpp(config: Any, steps: int) -> tuple[str, dict]:
@@ -164,6 +175,7 @@ def _final(config: Any, steps: int) -> str:
 _SOLVERS = {
     "DDIM": _ddim,
     "DDPM": _ddpm,
+    "PNDM": _pndm,
     "DPMSolverMultistep": _dpmpp,
     "EDMDPMSolverMultistep": _dpmpp,
     "DEISMultistep": _deis,

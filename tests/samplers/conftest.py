@@ -42,7 +42,7 @@ CHOICES = {
     "rule": ("bh1", "bh2"),
     "start": ("lower", "rk"),
     "final": ("auto", "lower"),
-    "variant": ("fast", "simple"),
+    "variant": ("fast", "simple", "plms"),
     "variance": ("small", "large"),
     "corrector": (0, 1, 2, 3),
     "predictor": (1, 2, 3),

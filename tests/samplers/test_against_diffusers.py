@@ -197,12 +197,12 @@ def test_fast_pndm():
     assert compare("PNDMScheduler", theirs, pndm, times=grids.leading(vp(), STEPS), variant="fast") < DOUBLE
 
 
-def test_simple_pndm_is_their_plms_until_its_order_rises():
+@pytest.mark.parametrize("steps, variant", [(2, "simple"), (2, "plms"), (STEPS, "plms")])
+def test_plms(steps, variant):
+    """S-PNDM is theirs until its order rises."""
     theirs = {"skip_prk_steps": True, "set_alpha_to_one": True}
-    assert (
-        compare("PNDMScheduler", theirs, pndm, steps=2, times=grids.leading(vp(), 2), variant="simple")
-        < DOUBLE
-    )
+    how = {"steps": steps, "times": grids.leading(vp(), steps), "variant": variant}
+    assert compare("PNDMScheduler", theirs, pndm, **how) < DOUBLE
 
 
 # --- EDM and flows -------------------------------------------------------------------------------------------------

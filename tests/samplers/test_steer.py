@@ -237,13 +237,17 @@ def test_tables_of_ones_own():
     other = abm(load("digits-flow").path, [1.0, 0.5, 0.0])
     with steer(pipe, sample, table=other), pytest.raises(ValueError, match="path"):
         pipelines.run("sd", pipe)
-    pndm = fresh("sd")
-    pndm.scheduler = diffusers.PNDMScheduler.from_config(pndm.scheduler.config)
+    pipe = fresh("sd")
+    pipe.scheduler = diffusers.SASolverScheduler.from_config(pipe.scheduler.config)
     with (
-        steer(pndm, sample),
-        pytest.raises(ValueError, match="PNDMScheduler has no equal here: give a table"),
+        steer(pipe, sample),
+        pytest.raises(ValueError, match="SASolverScheduler has no equal here: give a table"),
     ):
-        pipelines.run("sd", pndm)
+        pipelines.run("sd", pipe)
+    pipe.scheduler = diffusers.PNDMScheduler(**pipelines.SD_BETAS, skip_prk_steps=True, steps_offset=1)
+    plain = pipelines.run("sd", pipe)  # as Stable Diffusion 1.5 comes
+    with steer(pipe, sample) as handle:
+        assert close(pipelines.run("sd", pipe), plain) and handle.info.calls == 5
 
 
 # --- guidance -----------------------------------------------------------------------------------------------------

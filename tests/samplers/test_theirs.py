@@ -26,6 +26,9 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shi
 EQUAL = [
     ("DDIMScheduler", {"timestep_spacing": "trailing"}, DOUBLE),
     ("DDIMScheduler", {"steps_offset": 1, "set_alpha_to_one": False}, DOUBLE),
+    ("PNDMScheduler", {"skip_prk_steps": True, "steps_offset": 1}, DOUBLE),
+    ("PNDMScheduler", {"skip_prk_steps": True, "timestep_spacing": "trailing", "set_alpha_to_one": True}, DOUBLE),
+    ("PNDMScheduler", {"set_alpha_to_one": True}, DOUBLE),
     ("DEISMultistepScheduler", {"solver_order": 3}, DOUBLE),
     ("DPMSolverMultistepScheduler", {"solver_order": 1}, SINGLE),
     ("DPMSolverMultistepScheduler", {"solver_order": 2, "use_karras_sigmas": True}, SINGLE),
@@ -88,7 +91,8 @@ def test_stochastic_ones_are_named(name, options, solver):
 
 
 @pytest.mark.parametrize("name, options, said", [
-    ("PNDMScheduler", {}, "PNDMScheduler has no equal here: give a table"),
+    ("IPNDMScheduler", {}, "IPNDMScheduler has no equal here: give a table"),
+    ("PNDMScheduler", {"timestep_spacing": "linspace"}, "linspace"),
     ("SASolverScheduler", {}, "SASolverScheduler has no equal"),
     ("DDIMScheduler", {"timestep_spacing": "linspace"}, "linspace"),
     ("DDIMScheduler", {"clip_sample": True}, "clip_sample=True"),
