@@ -233,7 +233,8 @@ def launch_backward(
     if x.numel():
         sums_kernel[at.grid(at.pieces)](
             dy, x, weight, bias, add, mean, rstd, partial, at.batch, at.channels, at.places, groups, each, at.pieces,
-            *at.strides, shared, SILU=silu, STEPS=at.steps, **at.tile | {"num_warps": min(16, 2 * at.tile["num_warps"])},
+            *at.strides, shared, SILU=silu, STEPS=at.steps,
+            **at.tile | {"num_warps": min(16, 2 * at.tile["num_warps"])},  # fewer would spill here and there
         )  # fmt: skip
     sums = partial.sum(-1)
     if x.numel():
