@@ -57,9 +57,9 @@ class Kernel:
     def real(self) -> Any:
         """The function as ``triton.jit`` makes it, and likewise all that its globals name."""
         triton = require()
-        self.__dict__["real"] = made = triton.jit(
-            self.function, **self.options
-        )  # first: others may name this one
+        made = triton.jit(self.function, **self.options)
+        made.run = _on_its_gpu(made.run)
+        self.__dict__["real"] = made  # before the others, which may name this one
         scope = self.function.__globals__
         for name, value in list(scope.items()):
             if value is tl:
@@ -67,6 +67,21 @@ class Kernel:
             elif isinstance(value, Kernel):
                 scope[name] = value.real
         return made
+
+
+def _on_its_gpu(run: Callable) -> Callable:
+    """Launches go to the GPU of the first tensor, which need not be the current one."""
+    import torch
+
+    @functools.wraps(run)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        first = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        if first is None or not first.is_cuda:
+            return run(*args, **kwargs)
+        with torch.cuda.device_of(first):
+            return run(*args, **kwargs)
+
+    return guarded
 
 
 def jit(function: Callable | None = None, **options: Any) -> Any:

@@ -143,10 +143,7 @@ def launch(seed: torch.Tensor, ids: torch.Tensor, count: int, row: torch.Tensor,
         seed, ids, row = seed.contiguous(), ids.contiguous(), row.contiguous()
         each = int(seed.numel() > 1), int(row.numel() > 1)
         warps = max(1, block // 128)
-        with torch.cuda.device_of(ids):
-            normals_kernel[grid](
-                out, seed, ids, row, count, *each, STREAM=stream, BLOCK=block, num_warps=warps
-            )
+        normals_kernel[grid](out, seed, ids, row, count, *each, STREAM=stream, BLOCK=block, num_warps=warps)
     return out
 
 

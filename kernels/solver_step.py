@@ -275,22 +275,21 @@ def launch(
     block = min(BLOCK, max(16, next_power_of_2(count)))
     blocks = ceil_div(count, block)
     each = (int(t is not None and t.numel() > 1) for t in (row, lane, seed, limit))
-    with torch.cuda.device_of(x):
-        parts = 16 * ceil_div(blocks, 16)  # of which the last are zero, so that all are read in wide loads
-        partials = x.new_zeros(batch, 3, parts) if products else None
-        step_kernel[(blocks, 1) if flat else (batch, blocks)](
-            x, y, z, tuple(x if t is None else t for t in held) or (x,), tuple(given) or (x,), table, row, lane, slots,
-            limit, seed, ids, results[0], results[1] if masks[YS] else None,
-            tuple(results[1 + bool(masks[YS]) :]) or (x,), partials,
-            count, ceil_div(total // batch, 4), parts, *table.shape[:3], *each,
-            HELD=len(held), PRESENT=sum(1 << k for k, t in enumerate(held) if t is not None), OUTPUTS=len(given),
-            MASKS=(*masks, 0, 0)[:6], SLOT=slot, DRAWS=seed is not None, CLIPS=limit is not None, FLAT=flat,
-            BLOCK=block, num_warps=max(1, min(4, block // 256)),
-        )  # fmt: skip
-        if partials is not None:
-            fold_kernel[(batch,)](
-                partials, results[-1], parts, LANES=min(1024, next_power_of_2(parts)), num_warps=1
-            )
+    parts = 16 * ceil_div(blocks, 16)  # of which the last are zero, so that all are read in wide loads
+    partials = x.new_zeros(batch, 3, parts) if products else None
+    step_kernel[(blocks, 1) if flat else (batch, blocks)](
+        x, y, z, tuple(x if t is None else t for t in held) or (x,), tuple(given) or (x,), table, row, lane, slots,
+        limit, seed, ids, results[0], results[1] if masks[YS] else None,
+        tuple(results[1 + bool(masks[YS]) :]) or (x,), partials,
+        count, ceil_div(total // batch, 4), parts, *table.shape[:3], *each,
+        HELD=len(held), PRESENT=sum(1 << k for k, t in enumerate(held) if t is not None), OUTPUTS=len(given),
+        MASKS=(*masks, 0, 0)[:6], SLOT=slot, DRAWS=seed is not None, CLIPS=limit is not None, FLAT=flat,
+        BLOCK=block, num_warps=max(1, min(4, block // 256)),
+    )  # fmt: skip
+    if partials is not None:
+        fold_kernel[(batch,)](
+            partials, results[-1], parts, LANES=min(1024, next_power_of_2(parts)), num_warps=1
+        )
     return results
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
-from fewstep.kernels import philox
+from fewstep.kernels import lang, philox
 from fewstep.kernels.lang import jit, tl
 from fewstep.samplers.noise import normal
 
@@ -58,3 +60,26 @@ def test_the_reference_on_request():
     ids = torch.arange(2)
     asked = normal(1, ids, (64,), impl="reference")
     assert torch.equal(asked, philox.reference(torch.tensor([1]), ids, 64, torch.tensor([0]), 2))
+
+
+def test_launches_go_to_the_first_tensors_gpu(monkeypatch):
+    ran, entered = [], []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    guarded = lang._on_its_gpu(lambda *args, **kwargs: ran.append(list(entered)))
+    there = torch.zeros(1).as_subclass(OnGpu)
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        entered.append(tensor is there)
+        yield
+        entered.clear()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    guarded(1, there, torch.zeros(1))
+    guarded(torch.zeros(1))
+    assert ran == [[True], []]
+    philox.launch(**philox.CASES[0].make("cpu"))
+    assert philox.normals_kernel.run.__wrapped__  # every launch goes that way
