@@ -80,11 +80,7 @@ def judged_points(x: torch.Tensor) -> dict[str, float]:
     from fewstep.distill.data import mixture_samples
 
     truth = mixture_samples(Draws(78, 0, 0, 5000, 5000)).double()
-    return {
-        "modes": modes_found(x),
-        "mmd": rbf_mmd(x, truth).value,
-        "sliced_w2": sliced_wasserstein(x, truth),
-    }
+    return {"modes": modes_found(x), **compare_points(x, truth)}
 
 
 def floors_digits() -> dict[str, dict[str, float]]:

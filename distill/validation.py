@@ -78,7 +78,7 @@ def images_by(features: Callable[[torch.Tensor], torch.Tensor]):
 
 
 def compare_points(x: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    """MMD^2 (unbiased; at a twentieth, a fifth and all of the data's spread, or it would not see modes) and sliced W2."""
+    """MMD^2 (unbiased; at a twentieth, a fifth and all of the spread, or it would not see modes) and sliced W2."""
     x, reference = x.double(), reference.double()
     widths = [share * float(reference.std()) for share in (0.05, 0.2, 1.0)]
     return {"mmd": rbf_mmd(x, reference, widths).value, "sliced_w2": sliced_wasserstein(x, reference)}
