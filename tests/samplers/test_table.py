@@ -59,7 +59,7 @@ from fewstep.samplers.noise import starting_noise
 d = Denoiser(lambda x, tau: 0.7 * x.clamp(-1, 1) + 0.1, paths.flow(), predicts="x0")
 x = sample(d, starting_noise(3, 4, (5,)), Table.load(sys.argv[1]), seed=5)
 loaded = {name.rpartition(".")[2] for name in sys.modules if name.startswith("fewstep.samplers.")}
-assert loaded == {"table", "plan", "loop", "noise"}, loaded
+assert loaded == {"table", "plan", "loop", "noise", "fused"}, loaded
 print(x.view(torch.int32).tolist())
 """
 
