@@ -165,8 +165,8 @@ def launch(
     """``reference`` by the kernel, in float32."""
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    given = (seed, ids, row, scale, mask)
-    seed, ids, row, scale, mask = (t if t is None else t.contiguous() for t in given)
+    seed, ids, row = seed.contiguous(), ids.contiguous(), row.contiguous()
+    scale, mask = (t if t is None else t.contiguous() for t in (scale, mask))
     lines, count = logits.shape
     tokens, log_probs = ids.new_empty(lines), logits.new_empty(lines, dtype=torch.float32)
     if lines:
@@ -282,3 +282,16 @@ CASES = [
     ),
     Case("pixels, 3072 of 256", _case(3072, 256), real=True),
 ]
+
+
+def _float64_gumbel(
+    logits: torch.Tensor, scale: torch.Tensor | None = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What masked diffusion models do elsewhere: all rows, noise in float64, and a second look for the probability."""
+    values = logits.double() if scale is None else logits.double() * scale[:, None].double()
+    noise = -torch.log(-torch.log(torch.rand_like(values)))
+    token = (values + noise).argmax(-1)
+    return token, values.log_softmax(-1).gather(1, token[:, None])[:, 0].float()
+
+
+RIVALS = {"float64 Gumbel": _float64_gumbel}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fewstep.kernels import philox
-from fewstep.kernels.gumbel_draw import CASES, RARE, gumbel_draw, op, reference
+from fewstep.kernels.gumbel_draw import CASES, RARE, RIVALS, gumbel_draw, op, reference
 
 SEED = torch.tensor([11])
 
@@ -80,6 +80,20 @@ def test_impossible_tokens():
     logits[0, 3] = -1000.0
     token, log_prob = gumbel_draw(logits, SEED, torch.arange(2))
     assert token.tolist() == [3, -1] and log_prob[0] == 0 and log_prob[1].isnan()
+
+
+def test_the_rival_draws_the_same_way():
+    """Its picks are its own, of the same law: the mean log-probability of 2000, at five standard deviations."""
+    torch.manual_seed(0)
+    logits, draws = torch.linspace(-4, 3, 16), 2000
+    logs = logits.log_softmax(0)
+    mean, spread = (
+        float((logs.exp() * logs).sum()),
+        float(((logs.exp() * logs**2).sum() - (logs.exp() * logs).sum() ** 2).sqrt()),
+    )
+    for run in (gumbel_draw, *RIVALS.values()):
+        _, log_prob = run(logits=logits.expand(draws, -1), seed=SEED, ids=torch.arange(draws))
+        assert abs(float(log_prob.mean()) - mean) < 5 * spread / draws**0.5
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.real], ids=lambda c: c.name)
