@@ -39,7 +39,7 @@ from ..models.denoiser import Denoiser
 from . import search_metric
 from .multistep import check_choice
 from .ranker import ranker
-from .schedules import Schedule, encoded, handmade, mutant, numbers, with_numbers
+from .schedules import Schedule, encoded, handmade, mutant, numbers, plain, with_numbers
 from .search_metric import Metric, Scorer, best
 from .table import Table
 from .trials import Record, State, Trials, error, lengths, rounded
@@ -248,9 +248,9 @@ def _chosen(run: Trials, state: State, scorer: Scorer | None) -> Table:
         if scorer is not None:
             found[f"metric_value{suffix}"] = value
     if scorer is not None:
-        table = first.table(run.path)
+        table = plain(run.path, first).table(run.path)
         found["first_stage"] = {"steps": table.options["steps"], "times": table.times.tolist()}
-    table = winner.table(run.path)
+    table = plain(run.path, winner).table(run.path)
     return replace(table, options={**table.options, "search": {**found, "spent": run.spent}})
 
 
