@@ -171,14 +171,13 @@ def launch(
     tokens, log_probs = ids.new_empty(lines), logits.new_empty(lines, dtype=torch.float32)
     if lines:
         block = min(BLOCK, max(16, next_power_of_2(count)))
-        with torch.cuda.device_of(logits):
-            draw_kernel[(lines,)](
-                logits, seed, ids, row, scale, mask, tokens, log_probs, count, logits.stride(0),
-                SEED_EACH=int(seed.numel() > 1), ROW_EACH=int(row.numel() > 1),
-                SCALE_EACH=int(scale is not None and scale.numel() > 1),
-                STREAM=stream, MASKED=mask is not None, SCALED=scale is not None, BLOCK=block,
-                num_warps=max(1, min(8, block // 256)),
-            )  # fmt: skip
+        draw_kernel[(lines,)](
+            logits, seed, ids, row, scale, mask, tokens, log_probs, count, logits.stride(0),
+            SEED_EACH=int(seed.numel() > 1), ROW_EACH=int(row.numel() > 1),
+            SCALE_EACH=int(scale is not None and scale.numel() > 1),
+            STREAM=stream, MASKED=mask is not None, SCALED=scale is not None, BLOCK=block,
+            num_warps=max(1, min(8, block // 256)),
+        )  # fmt: skip
     return tokens, log_probs
 
 

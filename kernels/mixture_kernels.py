@@ -315,12 +315,11 @@ def _sizes(rows: torch.Tensor, variances: torch.Tensor | None) -> dict[str, Any]
 def _run(kernel, query, alpha, sigma, rows, mixture, label, given, parts) -> None:
     log_weights, variances, labels = mixture
     sizes, (splits, each) = _sizes(rows, variances), _splits(len(rows))
-    with torch.cuda.device_of(query):
-        kernel[(ceil_div(len(query), TILE), splits)](
-            query.mT.contiguous(), rows, rows.mT.contiguous(), alpha, sigma, log_weights, variances, label, labels,
-            *given, *parts, len(query), len(rows), each, **sizes, BQ=TILE, BK=TILE, **_options(),
-            WEIGHTED=log_weights is not None, LABELLED=labels is not None, num_warps=4, num_stages=1,
-        )  # fmt: skip
+    kernel[(ceil_div(len(query), TILE), splits)](
+        query.mT.contiguous(), rows, rows.mT.contiguous(), alpha, sigma, log_weights, variances, label, labels,
+        *given, *parts, len(query), len(rows), each, **sizes, BQ=TILE, BK=TILE, **_options(),
+        WEIGHTED=log_weights is not None, LABELLED=labels is not None, num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def _options() -> dict[str, Any]:

@@ -114,12 +114,11 @@ def launch(log_weights: torch.Tensor, u: torch.Tensor, limit: torch.Tensor) -> l
     resampled = high.new_empty(groups, dtype=torch.bool)
     if groups:
         block = next_power_of_2(count)
-        with torch.cuda.device_of(high):
-            resample_kernel[(groups,)](
-                high, low, word, limit.float().contiguous(), index, ess, parts, resampled, count,
-                LIMIT_EACH=int(limit.numel() > 1), PAIRS=low is not None, STEPS=block.bit_length() - 1, BLOCK=block,
-                num_warps=max(1, min(8, block // 128)),
-            )  # fmt: skip
+        resample_kernel[(groups,)](
+            high, low, word, limit.float().contiguous(), index, ess, parts, resampled, count,
+            LIMIT_EACH=int(limit.numel() > 1), PAIRS=low is not None, STEPS=block.bit_length() - 1, BLOCK=block,
+            num_warps=max(1, min(8, block // 128)),
+        )  # fmt: skip
     return [index, ess.double(), parts.double().sum(-1), resampled]
 
 
