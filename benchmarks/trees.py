@@ -301,7 +301,8 @@ def tables(known: dict) -> str:
                 best = np.mean([f["best"] for f in found])
                 spread = f"{np.mean(logs):.2f} +- {np.std(logs):.2f}" if logs else ""
                 cells += [
-                    f"{gaps.mean():.3f} +- {gaps.std(ddof=1) / len(gaps) ** 0.5:.3f}",
+                    str(len(found)),
+                    f"{gaps.mean():.3f} +- {error(gaps):.3f}",
                     spread,
                     f"{best:.4g}",
                 ]
