@@ -5,10 +5,12 @@
 #   TORCH=cpu           a CPU-only torch, a tenth of the size, without torchvision
 #   TORCH=torch==2.11.0 any requirement that pip understands
 #   ARGS=...            handed to pytest, to the demo or to the benchmark
+#   JOBS=2              processes that the tests are shared between, of one thread each
 #   DIFFUSERS_SRC=path  a clone of diffusers, for `make compat`
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 HELD := $(shell cat $(VENV)/.torch 2>/dev/null)
 TORCH ?= $(or $(HELD),registry)
@@ -32,16 +34,19 @@ demo: $(VENV)/.core ## sample the embedded teacher with several solvers; writes 
 	@mkdir -p out
 	$(PY) -m fewstep demo --out out/demo.png $(ARGS)
 
+# A file's tests stay together (they share what is slow to make), and processes do not fight over cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
 test: $(VENV)/.test ## the whole suite but the slow ones
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 ifneq ($(INTERPRETED),)
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "not slow" tests/interpreter $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" tests/interpreter $(ARGS)
 endif
 
 test-slow: $(VENV)/.test ## the slow ones too
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 ifneq ($(INTERPRETED),)
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter $(ARGS)
 endif
 
 check: $(VENV)/.dev ## lint, formatting, types; changes nothing
