@@ -82,6 +82,10 @@ def steer(
             ``generator``, after the initial noise.
 
     The network, the scheduler and all else of ``pipe`` are its own between calls and after them, whatever happened.
+
+    >>> steer("a pipeline's name", sample)
+    Traceback (most recent call last):
+    TypeError: pipe must be a diffusers pipeline with a scheduler, got str
     """
     return Steered(pipe, how, table, interval, seed)
 
