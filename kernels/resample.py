@@ -130,7 +130,10 @@ def _word(u: torch.Tensor) -> torch.Tensor:
 # --- the op ----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fewstep::resample", mutates_args=())
+# written out: torch 2.6 reads no list[Tensor] off an annotation
+@torch.library.custom_op(
+    "fewstep::resample", mutates_args=(), schema="(Tensor log_weights, Tensor u, Tensor limit) -> Tensor[]"
+)
 def op(log_weights: torch.Tensor, u: torch.Tensor, limit: torch.Tensor) -> list[torch.Tensor]:
     fits = log_weights.shape[1] <= LARGEST
     return (launch if runs_on(log_weights) and fits else reference)(log_weights, u, limit)
