@@ -4,7 +4,7 @@ A checkpoint is written by ``torch.distributed.checkpoint`` into a folder of ano
 into its ``manifest.json``, and only then is the folder renamed. One that does not match its manifest is passed over for
 the one before it.
 
->>> import tempfile
+>>> import tempfile, torch
 >>> folder = Path(tempfile.mkdtemp())
 >>> state = {"w": torch.ones(3)}
 >>> _ = save(folder, 5, state)
