@@ -51,7 +51,8 @@ def choose(
     wanted, whose = _wanted(impl)
     if wanted == "reference":
         return "reference"
-    reason = unsupported or absent(next((t.device for t in tensors if t is not None), torch.device("cpu")))
+    places = [t.device for t in tensors if t is not None]
+    reason = unsupported or absent(places[0] if places else torch.device("cpu"))
     if reason is None and forward_ad._current_level >= 0:  # custom ops would drop the tangents without a word
         reason = "forward-mode derivatives are taken here, and kernels have none"
     if reason is None:
