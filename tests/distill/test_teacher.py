@@ -108,7 +108,12 @@ def test_the_average_looks_back_over_a_share_of_the_run():
 
 
 def test_shipped_recipes_are_read_and_wrong_ones_refused(tmp_path):
-    assert recipes.names("denoiser", "classifier") == ("digits-classifier", "digits-edm", "digits-flow", "digits-vp")
+    assert recipes.names("denoiser", "classifier") == (
+        "digits-classifier",
+        "digits-edm",
+        "digits-flow",
+        "digits-vp",
+    )
     for name in ("digits-edm", "digits-flow", "digits-vp"):
         assert recipes.read(name, TeacherRecipe).name == name
     changed = recipes.read("digits-edm", TeacherRecipe, ["steps=7", "net.dropout=0.1", "times.std=2"])
