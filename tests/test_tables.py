@@ -40,6 +40,7 @@ def test_the_reports_are_what_their_json_renders_to():
     search, shift = script("search"), script("shift_and_teleport")
     for name, render in (
         ("search-cpu", lambda found: search.markdown(found["rows"], found["device"])),
+        ("search-fd-cpu", search.markdown_by_metric),
         ("shift-and-teleport-cpu", lambda found: shift.markdown(found["results"])),
     ):
         found = json.loads((RESULTS / f"{name}.json").read_text())
