@@ -143,8 +143,8 @@ def section() -> str:
         metric = json.loads((RESULTS / "search-fd-cpu.json").read_text())
         bare = sum(metric["floor"]) / len(metric["floor"])
         paragraphs += [
-            f"And by a metric, the FD of {metric['num']} digits of other seeds; the ODE's own samples have {bare:.2f}, and the metric tells "
-            "nothing apart that is as low:",
+            f"And by a metric, the FD of {metric['num']} digits of other seeds; the ODE's own samples have {bare:.2f}, "
+            "and the metric tells nothing apart that is as low:",
             "\n".join(by_metric(metric)),
         ]
     reports = " and ".join(
