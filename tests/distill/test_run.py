@@ -136,6 +136,12 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(tmp_pa
     assert differences({"out": "a", "report": {"keep": 1}}, {"out": "b", "report": {"keep": 2}}) == []
 
 
+def test_a_run_in_phases_cannot_be_prolonged(tmp_path):
+    tiny(tmp_path, "train.iters=2", *METHODS["phased"])
+    with pytest.raises(ValueError, match="another config.*\n  train.iters: 2 -> 4"):
+        tiny(tmp_path, "train.iters=4", *METHODS["phased"])
+
+
 def test_losses_that_are_not_finite_are_skipped_counted_and_at_last_fatal(tmp_path, monkeypatch):
     from fewstep.distill.methods.dmd2 import DMD2
     from fewstep.distill.training import BadBatches
