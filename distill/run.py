@@ -151,11 +151,12 @@ def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
 
     config = folder / "config.yaml"
     if config.is_file():
-        old = OmegaConf.to_container(OmegaConf.load(config))
-        changed = differences(old, asdict(recipe))
-        if recipe.method.get("phases", 1) > 1 and old["train"]["iters"] != recipe.train.iters:
+        kept = OmegaConf.load(config)
+        changed = differences(OmegaConf.to_container(kept), asdict(recipe))
+        before = OmegaConf.select(kept, "train.iters")
+        if recipe.method.get("phases", 1) > 1 and before != recipe.train.iters:
             # a phase is a share of the iterations: prolonged, the run would be another from its middle on
-            changed.append(f"train.iters: {old['train']['iters']} -> {recipe.train.iters}")
+            changed.append(f"train.iters: {before} -> {recipe.train.iters}")
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another config; give this one another name=, or remove the folder:\n  "
