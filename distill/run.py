@@ -67,6 +67,8 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
             raise ValueError("lora.rank > 0 is not for phased DMD: its experts are networks of their own")
         teacher, made, critic, adapters = share_network(teacher, **asdict(recipe.lora))
         student = student._replace(d=made)
+    if not hasattr(method, "critic_loss"):
+        critic = None
     gan = getattr(method, "gan", None)
     if gan is None or not (gan.student or hasattr(method, "divergence")):
         return Players(teacher, student, critic, adapters=adapters)
@@ -170,6 +172,8 @@ def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
 def _backtrack(recipe: DistillRecipe, players: Players, data: Data, folder: Path) -> Backtrack | None:
     if not recipe.disback.nodes:
         return None
+    if players.critic is None:
+        raise ValueError("disback.nodes > 0 is for methods with a critic, and this one has none")
     if recipe.lora.rank or recipe.shard != "replicate" or getattr(players.student.d, "experts", None):
         raise ValueError(
             "disback.nodes > 0 is for whole networks on each rank: not with lora, fsdp or phases"

@@ -26,7 +26,10 @@ class BadBatches(RuntimeError):
 
 
 class Trainer:
-    """One run's moving parts. ``turn(iteration)`` is a student update with the critic's before it."""
+    """One run's moving parts. ``turn()`` is a student update with the critic's before it.
+
+    A method without a ``critic_loss`` has no critic: no turns of it, no optimizer, nothing of it in a checkpoint.
+    """
 
     def __init__(
         self, recipe: DistillRecipe, method: Any, players: Players, data: Data, ranks: Ranks = ALONE
@@ -37,24 +40,28 @@ class Trainer:
 
     def _take_up(self, players: Players) -> None:
         self.players, optim = players, self.recipe.optim
-        self._student_turn = nn.ModuleList(self._trained())
-        self._critic_turn = nn.ModuleList(players.critic_modules())
-        for module in (self._student_turn, self._critic_turn):
-            module.train().requires_grad_(True)
-        self.optimizers = tuple(
-            torch.optim.AdamW(
-                module.parameters(), lr=lr, betas=tuple(optim.betas), weight_decay=optim.weight_decay
+        self.rates = {"student": optim.lr}
+        self.trained = {"student": nn.ModuleList(self._trained())}
+        if hasattr(self.method, "critic_loss"):
+            self.rates["critic"] = optim.critic_lr
+            self.trained["critic"] = nn.ModuleList(players.critic_modules())
+        self.optimizers = {
+            who: torch.optim.AdamW(
+                module.train().requires_grad_(True).parameters(),
+                lr=self.rates[who],
+                betas=tuple(optim.betas),
+                weight_decay=optim.weight_decay,
             )
-            for module, lr in ((self._student_turn, optim.lr), (self._critic_turn, optim.critic_lr))
-        )
-        self.average = [p.detach().clone() for p in self._student_turn.parameters()]
+            for who, module in self.trained.items()
+        }
+        self.average = [p.detach().clone() for p in self.trained["student"].parameters()]
 
     def next_phase(self, phase: int, critic: Denoiser) -> None:
         """The expert in training keeps its averaged weights and is frozen; the next one and a fresh critic begin."""
         with torch.no_grad():
-            for p, mean in zip(self._student_turn.parameters(), self.average, strict=True):
+            for p, mean in zip(self.trained["student"].parameters(), self.average, strict=True):
                 p.copy_(mean)
-        self._student_turn.eval().requires_grad_(False)
+        self.trained["student"].eval().requires_grad_(False)
         self.method.phase = phase
         self._take_up(self.players._replace(critic=critic))
 
@@ -64,26 +71,23 @@ class Trainer:
 
     def turn(self) -> dict[str, float]:
         """One iteration: ``critic_steps`` updates of the critic, one of the student; the numbers it gave."""
-        train = self.recipe.train
-        first = self.iteration * (train.critic_steps + 1)
+        method, student, critic = self.method, self.trained["student"], self.trained.get("critic")
+        steps = 0 if critic is None else self.recipe.train.critic_steps
+        first = self.iteration * (steps + 1)
         numbers: dict[str, torch.Tensor] = {}
-        for k in range(train.critic_steps):
-            with frozen(self._student_turn):
-                numbers |= self._update(
-                    self.method.critic_loss, first + k, self._critic_turn, self.optimizers[1]
-                )
-        with frozen(self._critic_turn):
-            last = first + train.critic_steps
-            numbers |= self._update(self.method.student_loss, last, self._student_turn, self.optimizers[0])
+        for k in range(steps):
+            with frozen(student):
+                numbers |= self._update("critic", method.critic_loss, first + k)
+        with frozen(critic):
+            numbers |= self._update("student", method.student_loss, first + steps)
         self.iteration += 1
-        weight = max(
-            1 - train.ema, 1 / (self.iteration + 1)
-        )  # a young average forgets the start it was copied from
-        torch._foreach_lerp_(self.average, [p.detach() for p in self._student_turn.parameters()], weight)
+        # a young average forgets the start it was copied from
+        weight = max(1 - self.recipe.train.ema, 1 / (self.iteration + 1))
+        torch._foreach_lerp_(self.average, [p.detach() for p in student.parameters()], weight)
         return {k: float(v) for k, v in numbers.items()}
 
-    def _update(self, loss_of, turn: int, trained: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-        train, ranks = self.recipe.train, self.ranks
+    def _update(self, who: str, loss_of, turn: int) -> dict[str, torch.Tensor]:
+        train, ranks, optimizer = self.recipe.train, self.ranks, self.optimizers[who]
         parts = ranks.world * train.accumulate
         count = train.batch // parts
         optimizer.zero_grad(set_to_none=True)
@@ -97,7 +101,7 @@ class Trainer:
             (loss / train.accumulate).backward()
             for key, value in {"loss": loss.detach(), **said}.items():
                 numbers[key] = numbers.get(key, 0) + value.detach() / train.accumulate
-        parameters = list(trained.parameters())
+        parameters = list(self.trained[who].parameters())
         average_gradients(parameters, ranks)
         norm = whole(nn.utils.clip_grad_norm_(parameters, self.recipe.optim.clip))
         keys = list(numbers)
@@ -108,8 +112,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             return {}
         for group in optimizer.param_groups:
-            base = self.recipe.optim.lr if optimizer is self.optimizers[0] else self.recipe.optim.critic_lr
-            group["lr"] = base * min(1.0, (self.iteration + 1) / max(1, self.recipe.optim.warmup))
+            group["lr"] = self.rates[who] * min(1.0, (self.iteration + 1) / max(1, self.recipe.optim.warmup))
         optimizer.step()
         return numbers
 
@@ -123,20 +126,21 @@ class Trainer:
 
     def averaged(self):
         """Inside, the student has its averaged weights."""
-        return swapped(list(self._student_turn.parameters()), self.average)
+        return swapped(list(self.trained["student"].parameters()), self.average)
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint must hold, as nested dicts of tensors; loading fills these very tensors."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-        names = [name for name, _ in self._student_turn.named_parameters()]
+        names = [name for name, _ in self.trained["student"].named_parameters()]
+        critic = self.trained.get("critic")
         return {
             "student": self.players.student_module().state_dict(),
-            "critic": self._critic_turn.state_dict(),
+            "critic": {} if critic is None else critic.state_dict(),
             "average": dict(zip(names, self.average, strict=True)),
             "optimizers": {
-                "student": get_optimizer_state_dict(self._student_turn, self.optimizers[0]),
-                "critic": get_optimizer_state_dict(self._critic_turn, self.optimizers[1]),
+                who: get_optimizer_state_dict(module, self.optimizers[who])
+                for who, module in self.trained.items()
             },
             "method": getattr(self.method, "state", dict)(),
             "counters": {"iteration": torch.tensor(self.iteration), "bad": torch.tensor(self.bad)},
@@ -147,11 +151,10 @@ class Trainer:
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         self.players.student_module().load_state_dict(state["student"])
-        self._critic_turn.load_state_dict(state["critic"])
-        for module, optimizer, key in zip(
-            (self._student_turn, self._critic_turn), self.optimizers, ("student", "critic"), strict=True
-        ):
-            set_optimizer_state_dict(module, optimizer, state["optimizers"][key])
+        if "critic" in self.trained:
+            self.trained["critic"].load_state_dict(state["critic"])
+        for who, module in self.trained.items():
+            set_optimizer_state_dict(module, self.optimizers[who], state["optimizers"][who])
         if hasattr(self.method, "load_state"):
             self.method.load_state(state["method"])
         self.iteration, self.bad = (int(state["counters"][k]) for k in ("iteration", "bad"))

@@ -1,7 +1,8 @@
 """Distillation methods: each says how the student's loss and the critic's are made of the players and a batch.
 
 A method is a dataclass of its options with two functions, ``student_loss(players, batch)`` and ``critic_loss(players,
-batch)``; both answer (loss, numbers worth logging, detached). The trainer does the rest.
+batch)``; both answer (loss, numbers worth logging, detached). The trainer does the rest. One without ``critic_loss``
+gets no critic.
 """
 
 from .dmd2 import DMD2

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -209,3 +211,33 @@ def test_the_shipped_recipes_are_read():
     assert {"dmd2-digits", "dmd2-mixture"} <= set(names("distill"))
     for name in names("distill"):
         assert read(name)[0].name == name
+
+
+def test_a_method_without_a_critic_has_none(tmp_path, monkeypatch):
+    from fewstep.distill import methods, training
+
+    @dataclass
+    class Regression:
+        """The student learns to answer zero."""
+
+        times: dict[str, Any] = field(default_factory=dict)  # as the recipe has it
+        critic_times: dict[str, Any] = field(default_factory=dict)
+
+        def student_loss(self, players, batch):
+            assert players.critic is None and players.discriminator is None
+            loss = batch.generate(players.student).square().mean()
+            return loss, {"size": loss.detach()}
+
+    monkeypatch.setitem(methods.METHODS, "regression", Regression)
+    seen = []
+    honest = training.Trainer.turn
+    monkeypatch.setattr(training.Trainer, "turn", lambda self: seen.append(self) or honest(self))
+    options = ["method={name: regression}", "optim.lr=0.01"]
+    whole = tiny(tmp_path / "whole", "train.iters=4", *options)
+    assert set(seen[0].optimizers) == {"student"} and seen[0].state()["critic"] == {}
+    tiny(tmp_path / "parts", "train.iters=2", *options)
+    assert weights(tiny(tmp_path / "parts", "train.iters=4", *options)) == weights(whole)
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    with pytest.raises(ValueError, match="disback.nodes > 0 is for methods with a critic"):
+        tiny(tmp_path / "back", "train.iters=1", "disback.nodes=2", *options)
