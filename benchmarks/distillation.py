@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from fewstep.distill.draws import Draws
-from fewstep.distill.run import open_student, run
+from fewstep.distill.run import run
+from fewstep.distill.saved import open_student
 from fewstep.distill.validation import compare_points, modes_found
 from fewstep.eval.bench import environment
 from fewstep.eval.demo import Judge

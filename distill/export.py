@@ -195,7 +195,7 @@ def card(student: Student, found: Stock, name: str, record: dict[str, str]) -> s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``fewstep export RUN OUT``."""
-    from .run import open_student
+    from .saved import open_student
 
     parser = argparse.ArgumentParser(
         prog="fewstep export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

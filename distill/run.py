@@ -19,83 +19,20 @@ from typing import Any
 
 import torch
 
-from ..models import load, paths
 from ..models.checkpoint import write_atomically
-from ..models.denoiser import Denoiser
-from ..models.load import build
-from ..samplers import Table
 from . import checkpoints, parallel
 from . import recipe as recipes
-from .data import Data, grid_mixture, open_data
+from .cast import cast, networks, open_teacher
+from .data import Data, open_data
 from .disback import Backtrack, record, recorded
-from .discriminator import discriminator_on
-from .lora import STUDENT, merged, share_network
-from .methods.phased import PhasedDMD, phased_student
-from .parallel import Ranks, shard, whole
+from .parallel import Ranks, shard
 from .players import Players
 from .progress import track
+from .saved import metrics, save_student
 from .schema import DistillRecipe, differences, read
 from .sinks import Sink, open_sinks
-from .student import Student, few_steps
-from .training import Trainer, warm_up
+from .training import Trainer
 from .validation import Exam, draw, modes_found, set_exam
-
-
-def open_teacher(recipe: DistillRecipe) -> Denoiser:
-    """The teacher of a recipe."""
-    if recipe.teacher.path == "mixture":
-        d = grid_mixture().denoiser(paths.by_name(recipe.teacher.on_path))
-        d.shape = (2,)
-        return d
-    return load(recipe.teacher.path)
-
-
-def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> Players:
-    """Student, critic and discriminator for a teacher."""
-    torch.manual_seed(recipe.seed)
-    parent = teacher
-    if recipe.student.net is not None:
-        parent = _of_its_own(recipe, teacher, data)
-    if isinstance(method, PhasedDMD):
-        student = phased_student(parent, recipe.student.steps, method.phases, recipe.student.times)
-    else:
-        s = recipe.student
-        student = few_steps(parent.copy(), s.steps, s.sampler, s.times, s.t_max)
-    critic, adapters = parent.copy(), None
-    if recipe.lora.rank:
-        if isinstance(method, PhasedDMD):
-            raise ValueError("lora.rank > 0 is not for phased DMD: its experts are networks of their own")
-        teacher, made, critic, adapters = share_network(teacher, **asdict(recipe.lora))
-        student = student._replace(d=made)
-    if not hasattr(method, "critic_loss"):
-        critic = None
-    gan = getattr(method, "gan", None)
-    if gan is None or not (gan.student or hasattr(method, "divergence")):
-        return Players(teacher, student, critic, adapters=adapters)
-    if gan.features not in ("critic", "teacher"):
-        raise ValueError(f"method.gan.features must be critic or teacher, got {gan.features!r}")
-    source = critic if gan.features == "critic" else teacher
-    probe = data.batch(_probe(recipe))
-    heads = discriminator_on(source, gan.layers, torch.zeros(2, *data.shape), probe.cond, gan.width)
-    return Players(teacher, student, critic, heads, source, adapters)
-
-
-def _probe(recipe: DistillRecipe):
-    from .draws import Draws
-
-    return Draws(recipe.seed, 0, 0, 2, 2)
-
-
-def _of_its_own(recipe: DistillRecipe, teacher: Denoiser, data: Data) -> Denoiser:
-    edm = teacher.path.name == "edm"
-    spread = float(data.batch(_probe(recipe)._replace(count=512, total=512)).real.std())
-    config = {
-        "path": teacher.path.to_config(), "predicts": "x0" if edm else "flow", "precond": "edm" if edm else None,
-        "sigma_data": spread, "shape": list(data.shape), "net": dict(recipe.student.net),
-    }  # fmt: skip
-    parent = build(config)
-    warm_up(parent, teacher, data, recipe.seed, recipe.student.warm_up, 4 * recipe.train.batch)
-    return parent
 
 
 def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -116,7 +53,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     players = cast(recipe, method, teacher, data)
     back = _backtrack(recipe, players, data, folder)
     players = players if back is None else back.begin(players)
-    for net in _networks(players):
+    for net in networks(players):
         shard(net.to(ranks.device), recipe.shard, ranks)
     found = checkpoints.newest(folder / "checkpoints")
     fresh_critic = players.critic.copy() if getattr(method, "phases", 1) > 1 else None
@@ -143,7 +80,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
         numbers = trainer.turn()
         say(**{k: numbers[k] for k in ("loss", "critic") if k in numbers})
         best = _report(trainer, folder, exam, numbers, best, sinks)
-    _finish(trainer, folder, exam)
+    save_student(trainer, folder)
     return folder
 
 
@@ -185,14 +122,6 @@ def _backtrack(recipe: DistillRecipe, players: Players, data: Data, folder: Path
     return Backtrack(players.teacher, nodes, recipe.disback.interval)
 
 
-def _networks(players: Players) -> list[torch.nn.Module]:
-    experts = getattr(players.student.d, "experts", [players.student.d])
-    denoisers = [players.teacher, players.critic, *experts]
-    return [d.net for d in denoisers if d is not None and d.net is not None] + [
-        heads for heads in (players.discriminator,) if heads is not None
-    ]
-
-
 def _phase(method: Any, recipe: DistillRecipe, iteration: int) -> int:
     """Phases have equal shares of the iterations; methods of one phase are always in it."""
     phases = getattr(method, "phases", 1)
@@ -208,19 +137,14 @@ def _step(checkpoint: Path | None) -> int:
 
 def _drop_after(folder: Path, iteration: int) -> None:
     """An interrupted run may have logged beyond its last checkpoint."""
-    kept = [line for line in _metrics(folder) if line["iteration"] <= iteration]
+    kept = [line for line in metrics(folder) if line["iteration"] <= iteration]
     write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _best(folder: Path) -> tuple[float, int | None]:
-    lines = _metrics(folder)
+    lines = metrics(folder)
     marked = [(line["main"], line["iteration"]) for line in lines if "main" in line]
     return min(marked, default=(float("inf"), None))
-
-
-def _metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _report(
@@ -258,49 +182,6 @@ def _report(
 def _log(folder: Path, line: dict[str, Any]) -> None:
     with open(folder / "metrics.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def _finish(trainer: Trainer, folder: Path, exam: Exam) -> None:
-    from ..models import checkpoint
-
-    student: Student = trainer.players.student
-    with trainer.averaged():
-        net = student.d.net if trainer.players.adapters is None else merged(student.d.net, STUDENT)
-        tensors = {k: whole(v.detach()).clone() for k, v in net.state_dict().items()}
-    if not trainer.ranks.first:
-        return
-    experts = getattr(student.d, "experts", None)
-    config = student.d.config if experts is None else experts[0].config
-    meta = {
-        "kind": "denoiser" if experts is None else "experts",
-        "config": config,
-        "training": asdict(trainer.recipe),
-    }
-    if experts is not None:
-        meta["ends"] = student.d.ends
-    checkpoint.write(folder / "student.safetensors", tensors, meta)
-    student.table.save(folder / "table.json")
-
-
-def open_student(folder: str | Path) -> tuple[Student, DistillRecipe, dict[str, float]]:
-    """(student, recipe, what it was last measured to be) from a run's folder."""
-    from ..models import checkpoint
-    from .methods.phased import Experts
-
-    folder = Path(folder)
-    path = folder / "student.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no student.safetensors: it is no run, or one that did not finish"
-        )
-    tensors, meta = checkpoint.read(path)
-    ends = meta.get("ends", [None])
-    made = [build(meta["config"]) for _ in ends]
-    d = made[0] if meta["kind"] == "denoiser" else Experts(made, ends)
-    d.net.load_state_dict(tensors)
-    d.net.eval().requires_grad_(False)
-    numbers = next((line for line in reversed(_metrics(folder)) if "main" in line), {})
-    return Student(d, Table.load(folder / "table.json")), read(meta["training"])[0], numbers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
