@@ -29,6 +29,8 @@ STREAMS = (
     "real_forward",
     "null",
     "user",
+    "flip",
+    "crop",
 )
 FIRST_STREAM = 16  # the samplers' own streams lie below
 
@@ -54,7 +56,11 @@ class Draws(NamedTuple):
 
     def uniform(self, purpose: str) -> torch.Tensor:
         """Uniforms (count,) in (0, 1), float64."""
-        return noise.uniform(self.seed, self.ids, 1, self.turn, stream(purpose))[:, 0]
+        return self.uniforms(purpose, 1)[:, 0]
+
+    def uniforms(self, purpose: str, n: int) -> torch.Tensor:
+        """Uniforms (count, n) in (0, 1), float64; the first is ``uniform``'s."""
+        return noise.uniform(self.seed, self.ids, n, self.turn, stream(purpose))
 
     def stratified(self, purpose: str) -> torch.Tensor:
         """Uniforms of which each n-th part of (0, 1) has one, over the global batch of n, in no order."""
