@@ -18,12 +18,15 @@ from torch import nn
 from torch.nn import functional
 
 from .attention import attention, check_implementation
-from .unet import time_features
+from .unet import GapMLP, time_features, with_gap
 
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """What makes a ``DiT``. ``num_class_embeds`` counts the null label, which is the last index."""
+    """What makes a ``DiT``. ``num_class_embeds`` counts the null label, which is the last index.
+
+    ``second_time``: the net is also told how far a step leads (see ``jumps``).
+    """
 
     sample_size: int = 8
     in_channels: int = 1
@@ -34,6 +37,7 @@ class DiTConfig:
     num_heads: int = 4
     mlp_ratio: float = 4.0
     num_class_embeds: int | None = None
+    second_time: bool = False
 
     def __post_init__(self):
         for name in (
@@ -116,6 +120,7 @@ class DiT(nn.Module):
         positions = position_features(config.sample_size // patch, width)
         self.register_buffer("positions", positions, persistent=False)
         self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.gap_embedding = GapMLP(width, width) if config.second_time else None
         self.class_embedding = (
             nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
         )
@@ -134,20 +139,32 @@ class DiT(nn.Module):
             nn.init.normal_(self.class_embedding.weight, std=0.02)
         for module in (*(block.modulation for block in self.blocks), self.modulation_out, self.out):
             nn.init.zeros_(module.weight)
+        if self.gap_embedding is not None:
+            nn.init.zeros_(self.gap_embedding.linear_2.weight)
 
     @property
     def null_label(self) -> int | None:
         """The index that stands for no label: the last one. None for an unconditional net."""
         return self.config.num_class_embeds - 1 if self.config.num_class_embeds else None
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W) with H = W = sample_size, t (B,) as the net counts time, label (B,) or None."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        label: torch.Tensor | None = None,
+        gap: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, C, H, W) with H = W = sample_size, t (B,) as the net counts time, label (B,) or None.
+
+        ``gap`` (B,): of a net with a second time, how far below t that lies; None is 0.
+        """
         config = self.config
         if x.ndim != 4 or x.shape[1:] != (config.in_channels, config.sample_size, config.sample_size):
             wanted = f"(B, {config.in_channels}, {config.sample_size}, {config.sample_size})"
             raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         condition = self.time_embedding(time_features(t, config.hidden_size).to(x.dtype))
+        condition = with_gap(condition, self.gap_embedding, gap)
         if self.class_embedding is not None:
             if label is None:
                 label = torch.full((x.shape[0],), self.null_label, device=x.device)

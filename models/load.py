@@ -23,6 +23,7 @@ from .edm2_codec import EDM2Codec
 from .edm2_unet import EDM2UNet
 from .edm_checkpoint import EDMCheckpoint, check_same, read_edm
 from .edm_unet import EDMUNet
+from .jumps import jumping
 from .load_diffusers import load_folder, load_pipeline
 from .mlp import MLP
 from .unet import UNet
@@ -116,6 +117,7 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale``, ``time_offset``:
     the network is given time_scale x u + time_offset, u being t, or ln(rho) where ``time`` is ``log_rho``, or
     ln(rho) / 4 with EDM preconditioning. ``latents``: what an ``EDM2Codec`` is made with, where samples are such.
+    ``jumps``: of a network of two times, where its steps end (see ``jumps``).
     """
     known = {
         "path",
@@ -128,6 +130,7 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         "net",
         "shape",
         "latents",
+        "jumps",
     }
     if unknown := set(config) - known:
         raise ValueError(
@@ -153,13 +156,17 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         classes = net.null_label
         d.codec = EDM2Codec(**config["latents"], null=None if classes is None else {"label": classes})
     d.config = dict(config)
-    return d
+    return d if config.get("jumps") is None else jumping(d, config["jumps"])
 
 
 def _ask(
-    net: torch.nn.Module, x: torch.Tensor, tau: torch.Tensor, label: torch.Tensor | None = None
+    net: torch.nn.Module,
+    x: torch.Tensor,
+    tau: torch.Tensor,
+    label: torch.Tensor | None = None,
+    gap: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return net(x, tau, label)
+    return net(x, tau, label) if gap is None else net(x, tau, label, gap)
 
 
 def _time(path: paths.Path, config: Mapping[str, Any]):

@@ -43,7 +43,8 @@ class UNetConfig:
     """What makes a ``UNet``; names and meanings are diffusers'.
 
     ``num_class_embeds`` counts the null label, which is the last index: 11 for ten classes. ``attention_head_dim``
-    None means one head. Tuples may be given as lists.
+    None means one head. Tuples may be given as lists. ``second_time`` is not diffusers': the net is also told how far
+    a step leads (see ``jumps``).
     """
 
     sample_size: int | None = None
@@ -65,6 +66,7 @@ class UNetConfig:
     flip_sin_to_cos: bool = True
     freq_shift: int = 0
     num_class_embeds: int | None = None
+    second_time: bool = False
 
     def __post_init__(self):
         for name in ("down_block_types", "up_block_types", "block_out_channels"):
@@ -156,6 +158,23 @@ class TimeMLP(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(functional.silu(self.linear_1(features)))
+
+
+class GapMLP(TimeMLP):
+    """What a second time adds to the time's embedding: an MLP of the gap between them, (B,) -> (B, width); at first 0.
+
+    The gap is in the path's own time, at most 1, and no wave of its features is faster than 1 radian: what is
+    differentiated along time must be smooth in it.
+    """
+
+    def __init__(self, dim: int, width: int):
+        super().__init__(dim, width)
+        nn.init.zeros_(self.linear_2.weight)
+        nn.init.zeros_(self.linear_2.bias)
+
+    def forward(self, gap: torch.Tensor) -> torch.Tensor:
+        weight = self.linear_1.weight
+        return super().forward(time_features(gap, weight.shape[1]).to(weight.dtype))
 
 
 class ResBlock(nn.Module):
@@ -291,6 +310,15 @@ class MidStage(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, emb)), emb)
 
 
+def with_gap(embedding: torch.Tensor, mlp: GapMLP | None, gap: torch.Tensor | None) -> torch.Tensor:
+    """The time embedding (B, width) of a net that may have a second time: as it is where there is none."""
+    if mlp is None:
+        if gap is not None:
+            raise ValueError("gap was given to a net of one time (second_time is false)")
+        return embedding
+    return embedding + mlp(embedding.new_zeros(len(embedding)) if gap is None else gap)
+
+
 class UNet(nn.Module):
     """The net; ``attention`` is ``sdpa`` or ``xformers`` and no part of the config, since it changes no number."""
 
@@ -305,6 +333,7 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimeMLP(widths[0], time_width)
+        self.gap_embedding = GapMLP(widths[0], time_width) if config.second_time else None
         self.class_embedding = (
             nn.Embedding(config.num_class_embeds, time_width) if config.num_class_embeds else None
         )
@@ -338,15 +367,24 @@ class UNet(nn.Module):
         """The index that stands for no label: the last one. None for an unconditional net."""
         return self.config.num_class_embeds - 1 if self.config.num_class_embeds else None
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        """x (B, C, H, W) with sides divisible by 2^(stages - 1), t (B,) as the net counts time, label (B,) or None."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        label: torch.Tensor | None = None,
+        gap: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x (B, C, H, W) with sides divisible by 2^(stages - 1), t (B,) as the net counts time, label (B,) or None.
+
+        ``gap`` (B,): of a net with a second time, how far below t that lies; None is 0.
+        """
         config = self.config
         step = 2 ** (len(config.block_out_channels) - 1)
         if x.ndim != 4 or x.shape[1] != config.in_channels or x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"x must be (B, {config.in_channels}, {step} m, {step} n), got {tuple(x.shape)}")
         t = torch.as_tensor(t, device=x.device).expand(x.shape[0])
         features = time_features(t, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
-        emb = self.time_embedding(features.to(x.dtype))
+        emb = with_gap(self.time_embedding(features.to(x.dtype)), self.gap_embedding, gap)
         if self.class_embedding is not None:
             if label is None:
                 label = torch.full((x.shape[0],), self.null_label, device=x.device)
@@ -368,9 +406,12 @@ class UNet(nn.Module):
         """The same net as a ``diffusers.UNet2DModel`` (its ``class_labels`` are our ``label``, never None)."""
         from diffusers import UNet2DModel
 
+        if self.config.second_time:
+            raise ValueError("second_time: diffusers' UNet2DModel has one time")
+        config = {k: v for k, v in self.config.to_dict().items() if k != "second_time"}
         first = next(self.parameters())
         # nn.Module's own ``to``: diffusers' override logs a warning about modules that it does not have
-        twin = nn.Module.to(UNet2DModel(**self.config.to_dict()), device=first.device, dtype=first.dtype)
+        twin = nn.Module.to(UNet2DModel(**config), device=first.device, dtype=first.dtype)
         twin.load_state_dict(self.state_dict())
         return twin.train(self.training)
 

@@ -1,0 +1,78 @@
+"""Average velocities: a network of two times, and the Denoiser that jumps from each time to the next of a grid by it.
+
+Where v is the velocity of the flow, the average velocity from t down to r (MeanFlow, 2505.13447) is
+
+    u(x_t, r, t) = 1/(t - r) int_r^t v(x_s, s) ds            x_r = x_t - (t - r) u(x_t, r, t)
+
+so a step of Euler with u in the place of v is exact, however long. A network with ``second_time`` is told t and the
+``gap`` t - r; where no gap is given it is 0, u is v, and everything that runs a flow runs it.
+
+    >>> from fewstep.models import paths
+    >>> def ask(net, x, tau, gap=None): return x * 0 + gap.reshape(-1, 1)
+    >>> d = Denoiser(functools.partial(ask, None), paths.flow(), predicts="flow")
+    >>> jumping(d, [1.0, 0.5, 0.0]).velocity(torch.zeros(1, 1), 0.75)          # from 0.75 it jumps to 0.5
+    tensor([[0.2500]])
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .denoiser import Denoiser
+from .paths import Times
+
+
+class Jumps(Denoiser):
+    """Made by ``jumping``: asked at t, its network is told the gap to the next lower of ``ends``."""
+
+    ends: tuple[float, ...]
+
+    def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
+        """The average velocity from t to the next end."""
+        return super().raw(x, t, gap=self.gap(x, t), **cond)
+
+    def gap(self, x: torch.Tensor, t: Times) -> torch.Tensor:
+        """t less the highest end below it, (B,); what lies below all of them goes to the lowest."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(x.shape[0])
+        ends = torch.tensor(self.ends, dtype=torch.float64, device=x.device)
+        # the last end that is lower than t, which may be an end that float32 has rounded up
+        below = torch.searchsorted(ends, t.contiguous() - 1e-6) - 1
+        return (t - ends[below.clamp_min(0)]).to(x.dtype)
+
+
+def jumping(d: Denoiser, times: Sequence[float]) -> Jumps:
+    """d over the same network, whose steps end at ``times``, the clean end among them."""
+    if d.predicts != "flow" or d.path.name != "flow":
+        raise ValueError(
+            f"an average velocity is of a flow: d must predict flow on a flow path, and it predicts {d.predicts} on "
+            f"{d.path.name}"
+        )
+    if min(times) != d.path.t_clean:
+        raise ValueError(f"times must end at {d.path.t_clean}, got {list(times)}")
+    twin = Jumps.__new__(Jumps)
+    twin.__dict__.update(copy.copy(d).__dict__)
+    twin.ends = tuple(sorted({float(t) for t in times}))
+    twin.config = None if d.config is None else {**d.config, "jumps": list(twin.ends)}
+    return twin
+
+
+def with_second_time(d: Denoiser) -> Denoiser:
+    """A copy of d whose network has a second time; it answers as d does, whatever the gap, until it is trained."""
+    from .load import build
+
+    if d.config is None or d.net is None:
+        raise ValueError("d must be one that load.build can make again (one of fewstep's networks): it has no config")
+    twin = build({**d.config, "net": {**d.config["net"], "second_time": True}})
+    weights = {**twin.net.state_dict(), **d.net.state_dict()}
+    twin.net.load_state_dict(weights)
+    return twin
+
+
+def has_second_time(d: Denoiser) -> bool:
+    """Whether d's network can be told a gap."""
+    return getattr(d.net, "gap_embedding", None) is not None
