@@ -6,65 +6,16 @@ optimizer state (FSDP2). Both are started by torchrun, which sets RANK and WORLD
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..eval.ranks import ALONE, Ranks, finish, start
+
+__all__ = ["ALONE", "Ranks", "average_gradients", "finish", "shard", "start", "whole"]
 SHARDS = ("replicate", "fsdp")
-
-
-class Ranks(NamedTuple):
-    """This process among the others."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def first(self) -> bool:
-        """Whether this one writes files and prints."""
-        return self.rank == 0
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks; a tensor of its own."""
-        if self.world == 1:
-            return value
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        return value
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.world > 1:
-            dist.barrier()
-
-
-ALONE = Ranks()
-
-
-def start(device: str = "auto") -> Ranks:
-    """Join the group that torchrun made, if it made one."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and world > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    return Ranks(rank, world, where)
-
-
-def finish() -> None:
-    """Leave the group."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def shard(net: nn.Module, kind: str, ranks: Ranks) -> None:
