@@ -26,6 +26,7 @@ from ..models.rewards import Reward, Space, checked
 from .chain import Diffusion, Ids, groups_of
 from .noise import uniform
 from .table import Table
+from .together import Walk, look, move, score, start, together
 
 PICK = 5  # the stream of the one draw a group, after the last row
 
@@ -96,27 +97,31 @@ def check_count(name: str, value: Any) -> int:
 
 
 def _draw(d, noise, table, reward, n, scale, cond, seed, ids, space, batch) -> Drawn:
-    score, made, rewards = checked(reward, getattr(d, "codec", None), space), [], []
+    judge = checked(reward, getattr(d, "codec", None), space)
     check_count("n", n)
     check_count("batch", batch)
-    for chain, own in groups_of(d, noise, table, cond, ids, seed=seed, levels=None):
-        parts = [rollouts(chain, own, begin, min(batch, n - begin)) for begin in range(0, n, batch)]
-        rewards.append(torch.cat([score(x).double().cpu() for x in parts]))
-        made.append(torch.cat(parts))
+    chains = groups_of(d, noise, table, cond, ids, seed=seed, levels=None)
+    made, rewards = zip(*together((rollouts(*one, judge, n, batch) for one in chains), batch))
     values = torch.stack(rewards)
     weights = scale * values
     log_z = weights.logsumexp(-1) - torch.tensor(float(n)).log()
     return Drawn(torch.stack(made), values, weights, values.argmax(-1), log_z, n * table.calls)
 
 
-def rollouts(chain: Diffusion, own: Ids, begin: int, count: int) -> torch.Tensor:
-    """Draws begin .. begin + count - 1 of a chain, from noise to x0: (count, ...)."""
-    tags = own.some(count, begin)
-    node = chain.start(tags)
-    for depth in range(chain.depth):
-        seen, _ = chain.look(node, depth)
-        node = chain.move(node, seen, depth, tags)
-    return node[0]
+def rollouts(
+    chain: Diffusion, own: Ids, judge: Reward, n: int, batch: int
+) -> Walk[tuple[torch.Tensor, torch.Tensor]]:
+    """Draws 0 .. n - 1 of a chain, from noise to x0 (n, ...), and their rewards (n,)."""
+    made, rewards = [], []
+    for begin in range(0, n, batch):
+        tags = own.some(min(batch, n - begin), begin)
+        node = yield start(chain, tags)
+        for depth in range(chain.depth):
+            seen, _ = yield look(chain, node, depth)
+            node = yield move(chain, node, seen, depth, tags)
+        rewards.append((yield score(judge, node[0], chain.depth)).double().cpu())
+        made.append(node[0])
+    return torch.cat(made), torch.cat(rewards)
 
 
 def _kept(drawn: Drawn, index: torch.Tensor) -> tuple[torch.Tensor, Drawn]:

@@ -22,6 +22,7 @@ another draw from the same kernel, whatever the batch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -130,11 +131,41 @@ def groups_of(
     count = len(noise)
     ids = torch.arange(count) if ids is None else check_ids(ids, count).cpu()
     top, made = int(ids.max()) + 1 if count else 0, []
+    one = Diffusion(d, table, noise=noise[:1], **options)
     for group, first in enumerate(ids.tolist()):
-        own = per_sample(cond or {}, torch.tensor([group]), count)
-        chain = Diffusion(d, table, own, noise=noise[group : group + 1], first=first, **options)
+        chain = copy.copy(one)
+        chain.cond = per_sample(cond or {}, torch.tensor([group]), count)
+        chain.noise, chain.first = noise[group : group + 1], first
         made.append((chain, Ids(first, top + group, count)))
     return made
+
+
+def alongside(chains: Sequence[Diffusion], counts: Sequence[int]) -> Diffusion:
+    """A chain for the rows of several of ``groups_of``, side by side: counts[i] of chains[i]."""
+    row = copy.copy(chains[0])
+    row.cond, row.rows = repeated([chain.cond for chain in chains], counts), sum(counts)
+    noises = [chain.noise for chain in chains]
+    row.noise = torch.cat([noise.expand(n, *noise.shape[1:]) for noise, n in zip(noises, counts)])
+    firsts = torch.tensor([chain.first for chain in chains])
+    row.first = firsts.repeat_interleave(torch.tensor(counts)).to(row.device)
+    return row
+
+
+def repeated(conds: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> dict[str, Any]:
+    """One condition out of several of one sample each: tensors of one row are repeated counts[i] times and joined, all
+    else is the first's.
+
+    >>> repeated([{"label": torch.tensor([3]), "w": 2}, {"label": torch.tensor([5]), "w": 2}], [2, 1])
+    {'label': tensor([3, 3, 5]), 'w': 2}
+    """
+
+    def joined(values: Sequence[Any]) -> Any:
+        one = values[0]
+        if isinstance(one, torch.Tensor) and one.ndim and one.shape[0] == 1:
+            return torch.cat([value.expand(n, *value.shape[1:]) for value, n in zip(values, counts)])
+        return repeated(values, counts) if isinstance(one, Mapping) else one
+
+    return {key: joined([cond[key] for cond in conds]) for key in conds[0]}
 
 
 class Diffusion:
@@ -177,7 +208,9 @@ class Diffusion:
             device = next((p.device for net in leaves for p in net.parameters()), torch.device("cpu"))
         self.d, self.table, self.cond, self.seed = d, table, dict(cond or {}), seed
         self.shape, self.dtype, self.device = shape, dtype, torch.device(device)
-        self.noise, self.first = noise, first
+        self.noise: torch.Tensor | None = noise
+        self.first: int | torch.Tensor = first
+        self.rows: int | None = None  # of those that stand for several groups, see ``alongside``
         self.plan = table.on(d, self.device)
         self.cuts = cut(table, levels)
         self.depth, self.opening = len(self.cuts) - 1, self.cuts[0]
@@ -221,7 +254,7 @@ class Diffusion:
         return state
 
     def _cond(self, count: int) -> dict[str, Any]:
-        return per_sample(self.cond, torch.zeros(count, dtype=torch.long), 1) if self.cond else {}
+        return repeated([self.cond], [count]) if self.rows is None else self.cond
 
     def _packed(self, state: State, depth: int) -> Node:
         """The tensors that the state consists of: which there are is a matter of the depth alone."""

@@ -32,6 +32,7 @@ from .best_of_n import Drawn, _kept, check_count, pick
 from .chain import Diffusion, Ids, groups_of
 from .guidance import number
 from .table import Table
+from .together import Walk, look, move, score, start, together
 
 POTENTIALS = ("difference", "max", "sum")
 
@@ -52,28 +53,33 @@ def smc_steering(
     seed: int = 0,
     ids: torch.Tensor | None = None,
     reward_space: Space = "image",
+    rows: int = 256,
 ) -> tuple[torch.Tensor, Drawn]:
     """One sample for each row of ``noise``, out of ``particles`` each, the first of which opens with it.
 
     Args:
         when, scheme: when and how a group resamples, see ``smc.step``.
         levels: where rewards are asked for: every row that draws noise, so many of them, or those rows.
+        rows: particles of different groups share a network call up to so many.
     """
     check_count("particles", particles)
     number("scale", scale)
     if potential not in POTENTIALS:
         raise ValueError(f"potential must be one of {', '.join(POTENTIALS)}, got {potential!r}")
-    score = checked(reward, getattr(d, "codec", None), reward_space)
+    judge = checked(reward, getattr(d, "codec", None), reward_space)
     chains = groups_of(d, noise, table, cond, ids, seed=seed, levels=levels)
-    found = [_steered(*one, score, particles, scale, potential, when, scheme, seed) for one in chains]
+    options = (judge, particles, scale, potential, when, scheme, seed)
+    found = together((_steered(*one, *options) for one in chains), check_count("rows", rows))
     x, rewards, weights, log_z = (torch.stack(parts) for parts in zip(*found))
     drawn = Drawn(x, rewards, weights, rewards.argmax(-1), log_z, particles * table.calls)
     return _kept(drawn, pick(weights, seed, ids))
 
 
-def _steered(chain: Diffusion, own: Ids, score: Reward, count: int, scale, potential, when, scheme, seed):
+def _steered(
+    chain: Diffusion, own: Ids, judge: Reward, count: int, scale, potential, when, scheme, seed
+) -> Walk[tuple[torch.Tensor, ...]]:
     tags = own.some(count)
-    node = chain.start(tags)
+    node = yield start(chain, tags)
     cloud = smc.init((node,), count, torch.tensor([own.first], device=node[0].device))
     nothing = torch.zeros(count, dtype=torch.float64, device=node[0].device)
     paid, kept = (
@@ -82,8 +88,8 @@ def _steered(chain: Diffusion, own: Ids, score: Reward, count: int, scale, poten
     )  # the sum of a particle's log-potentials so far; the reward before, the max or the sum
     seen_all = []
     for depth in range(chain.depth):
-        seen, x0 = chain.look(node, depth)
-        now = scale * score(x0).double().to(nothing.device)
+        seen, x0 = yield look(chain, node, depth)
+        now = scale * (yield score(judge, x0, depth)).double().to(nothing.device)
         if potential == "difference":
             gain, kept = now - paid, now
         else:
@@ -94,8 +100,8 @@ def _steered(chain: Diffusion, own: Ids, score: Reward, count: int, scale, poten
         )
         seen_all.append(info)
         node, seen, paid, kept = cloud.state
-        node = chain.move(node, seen, depth, tags)
-    rewards = score(node[0]).double().to(nothing.device)
+        node = yield move(chain, node, seen, depth, tags)
+    rewards = (yield score(judge, node[0], chain.depth)).double().to(nothing.device)
     cloud, info = smc.step(cloud._replace(state=(node,)), scale * rewards - paid, when=0.0)
     smc.check_alive(smc.stacked([*seen_all, info]))
     return node[0], rewards.cpu(), cloud.log_weights[0].cpu(), cloud.log_z[0].cpu()

@@ -32,6 +32,7 @@ from .chain import Diffusion, Ids, groups_of
 from .guidance import number
 from .noise import uniform
 from .table import Table
+from .together import Walk, look, move, score, start, together
 
 CHOOSE = 6  # the stream of choices among nodes
 KEEP = ("draw", "best", "beam")
@@ -52,16 +53,21 @@ def svdd(
     seed: int = 0,
     ids: torch.Tensor | None = None,
     reward_space: Space = "image",
+    rows: int = 256,
 ) -> tuple[torch.Tensor, Drawn]:
-    """The best of ``particles`` (with ``keep="draw"`` the first) for each row of ``noise``, by ``width`` proposals."""
+    """The best of ``particles`` (with ``keep="draw"`` the first) for each row of ``noise``, by ``width`` proposals.
+
+    Proposals for different rows of noise share a network call up to ``rows``.
+    """
     check_count("width", width)
     check_count("particles", particles)
     number("scale", scale)
     if keep not in KEEP:
         raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
-    score = checked(reward, getattr(d, "codec", None), reward_space)
+    judge = checked(reward, getattr(d, "codec", None), reward_space)
     chains = groups_of(d, noise, table, cond, ids, seed=seed, levels=levels)
-    found = [_beam(*one, score, width, particles, scale, keep, seed) for one in chains]
+    options = (judge, width, particles, scale, keep, seed)
+    found = together((_beam(*one, *options) for one in chains), check_count("rows", rows))
     x, rewards = (torch.stack(parts) for parts in zip(*found))
     chain = chains[0][0]
     looked = chain.depth - 1 + sum(n - 1 for n in chain.calls)
@@ -72,25 +78,26 @@ def svdd(
 
 
 def _beam(
-    chain: Diffusion, own: Ids, score: Reward, width: int, count: int, scale: float, keep: str, seed: int
-):
+    chain: Diffusion, own: Ids, judge: Reward, width: int, count: int, scale: float, keep: str, seed: int
+) -> Walk[tuple[torch.Tensor, torch.Tensor]]:
     many = count * width
     tags = own.some(many)
     u = uniform(seed, torch.tensor([own.first]), count * (chain.depth + 1), stream=CHOOSE)[0].reshape(
         -1, count
     )
-    node = chain.start(tags[:count])
-    seen, _ = chain.look(node, 0)
+    node = yield start(chain, tags[:count])
+    seen, _ = yield look(chain, node, 0)
     for depth in range(chain.depth):
         # a particle's first child draws under its own id, so that with one proposal this is plain sampling
         wide = torch.arange(count).repeat(width).to(node[0].device)
-        node = chain.move(tuple(t[wide] for t in node), tuple(t[wide] for t in seen), depth, tags)
+        node, seen = (tuple(t[wide] for t in part) for part in (node, seen))
+        node = yield move(chain, node, seen, depth, tags)
         last = depth + 1 == chain.depth
         if last:
             x0, seen = node[0], ()
         else:
-            seen, x0 = chain.look(node, depth + 1)
-        value = score(x0).double().cpu()
+            seen, x0 = yield look(chain, node, depth + 1)
+        value = (yield score(judge, x0, depth + 1)).double().cpu()
         chosen = _chosen(value.reshape(width, count), scale, keep, u[depth]).to(node[0].device)
         node, seen = (tuple(t[chosen] for t in part) for part in (node, seen))
     return node[0], value[chosen.cpu()]

@@ -87,15 +87,17 @@ class Tree:
 
     def grow(self, budget: int) -> Tree:
         """Spend ``budget`` more network calls, in the way the tree was begun; what is left over is kept for later."""
-        from .tree_growth import grow
+        from .together import together
+        from .tree_growth import growing
 
-        return grow(self, budget)
+        together([growing(self, budget)])
+        return self
 
     # --- what growing does to it ------------------------------------------------------------------------------
 
-    def rewards_of(self, x: torch.Tensor) -> torch.Tensor:
-        """The rewards of samples, (B,) float64 on the host; what cannot be an exponent is refused."""
-        rewards = self.score(x).double().cpu()
+    def accepted(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Rewards (B,) in float64 on the host; what cannot be an exponent is refused."""
+        rewards = rewards.double().cpu()
         if not bool(torch.isfinite(self.scale * rewards).all()):
             raise RewardError(
                 f"reward times scale = {self.scale:g} must be finite, got {self.scale * rewards}"

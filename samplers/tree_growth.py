@@ -1,6 +1,7 @@
 """How trees grow: rollouts from chosen nodes in one batch, and the loops that choose them within a budget of calls.
 
-Nothing is written into the tree before the rewards of a batch are known, so a reward that fails leaves it as it was.
+All of it are walks (``together``), so that trees of several groups share the network's batches. Nothing is written into
+a tree before the rewards of a batch are known, so a reward that fails leaves it as it was.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..models.denoiser import Denoiser
 from ..models.rewards import Reward, Space, checked
 from .chain import Diffusion, groups_of
 from .noise import uniform
+from .together import Walk, look, move, score, start, together
 from .tree import ROOT, Tree
 
 CHOOSE = 6  # the stream of a walk's choices
@@ -37,7 +39,7 @@ def check_budget(budget: Any) -> int:
     return budget
 
 
-def grow(tree: Tree, budget: int) -> Tree:
+def growing(tree: Tree, budget: int) -> Walk[None]:
     """Spend ``budget`` more calls as ``tree.growth`` says."""
     from .tree_sample import by_populations, by_walks
     from .tree_search import by_bounds, by_improvement
@@ -53,24 +55,23 @@ def grow(tree: Tree, budget: int) -> Tree:
         raise ValueError(f"budget must be at least {least} network calls, one rollout, got {budget}")
     tree.allowed = allowed
     options = {key: value for key, value in tree.growth.items() if key != "method"}
-    loops[tree.growth["method"]](tree, **options)
-    return tree
+    yield from loops[tree.growth["method"]](tree, **options)
 
 
-def rollouts(tree: Tree, starts: Sequence[int], ids: Sequence[int], weights: Sequence[float]) -> None:
+def rollouts(tree: Tree, starts: Sequence[int], ids: Sequence[int], weights: Sequence[float]) -> Walk[None]:
     """From each start node to a new leaf, all in one batch that is joined on the way down."""
     chain, device = tree.chain, getattr(tree.chain, "device", torch.device("cpu"))
     tags = torch.tensor(ids, device=device)
     made: list[tuple[list[int], tuple, int]] = []
-    walking = [w for w, start in enumerate(starts) if start == ROOT]
-    node = chain.start(tags[walking]) if walking else None
+    walking = [w for w, at in enumerate(starts) if at == ROOT]
+    node = (yield start(chain, tags[walking])) if walking else None
     for depth in range(chain.depth):
         seen: tuple = ()
         if walking:
-            seen, _ = chain.look(node, depth)
+            seen, _ = yield look(chain, node, depth)
             tree.widths[depth] = len(node)
             made.append((list(walking), (*node, *seen), depth))
-        joining = [w for w, start in enumerate(starts) if tree.depth[start] == depth and start != ROOT]
+        joining = [w for w, at in enumerate(starts) if tree.depth[at] == depth and at != ROOT]
         if joining:
             held = tree.store.get(depth, [tree.slot[starts[w]] for w in joining], device)
             old, answers = held[: tree.widths[depth]], held[tree.widths[depth] :]
@@ -78,10 +79,10 @@ def rollouts(tree: Tree, starts: Sequence[int], ids: Sequence[int], weights: Seq
             seen = tuple(torch.cat(pair) for pair in zip(seen, answers)) if walking else answers
             walking = walking + joining
         if walking:
-            node = chain.move(node, seen, depth, tags[walking])
-    rewards = tree.rewards_of(node[0]).tolist()
+            node = yield move(chain, node, seen, depth, tags[walking])
+    rewards = tree.accepted((yield score(tree.score, node[0], chain.depth))).tolist()
     made.append((list(walking), node, chain.depth))
-    tree.calls += sum(cost(tree, start) for start in starts)
+    tree.calls += sum(cost(tree, node) for node in starts)
     at = list(starts)
     for walkers, tensors, depth in made:
         first = tree.store.add(depth, tensors, keep_here=depth < chain.depth)
@@ -92,7 +93,7 @@ def rollouts(tree: Tree, starts: Sequence[int], ids: Sequence[int], weights: Seq
         tree.back_up(at[w])
 
 
-def step_from(tree: Tree, starts: Sequence[int], whole: bool = False) -> None:
+def step_from(tree: Tree, starts: Sequence[int], whole: bool = False) -> Walk[None]:
     """One child of each start node, with the guess that it inspires or, of a leaf, its reward; ``whole`` goes on to
     the leaves."""
     chain, device = tree.chain, getattr(tree.chain, "device", torch.device("cpu"))
@@ -100,30 +101,34 @@ def step_from(tree: Tree, starts: Sequence[int], whole: bool = False) -> None:
     made: list[tuple[list[int], tuple, int, list[float]]] = []
     calls, at = 0, list(starts)
     groups: dict[int, list[int]] = {}
-    for w, start in enumerate(starts):
-        groups.setdefault(tree.depth[start], []).append(w)
+    for w, number in enumerate(starts):
+        groups.setdefault(tree.depth[number], []).append(w)
     for depth in sorted(groups):
         walking, node = groups[depth], None
         if depth < 0:
-            node = chain.start(tags[walking])
+            node = yield start(chain, tags[walking])
             calls += chain.opening * len(walking)
         else:
             held = tree.store.get(depth, [tree.slot[starts[w]] for w in walking], device)
-            node = chain.move(held[: tree.widths[depth]], held[tree.widths[depth] :], depth, tags[walking])
+            old, answers = held[: tree.widths[depth]], held[tree.widths[depth] :]
+            node = yield move(chain, old, answers, depth, tags[walking])
             calls += (chain.calls[depth] - 1) * len(walking)
         while True:
             depth += 1
             if depth == chain.depth:
-                made.append((walking, node, depth, tree.rewards_of(node[0]).tolist()))
+                rewards = tree.accepted((yield score(tree.score, node[0], depth)))
+                made.append((walking, node, depth, rewards.tolist()))
                 break
-            seen, x0 = chain.look(node, depth)
+            seen, x0 = yield look(chain, node, depth)
             calls += len(walking)
             tree.widths[depth] = len(node)
-            guess = [float("nan")] * len(walking) if x0 is None else tree.rewards_of(x0).tolist()
+            guess = [float("nan")] * len(walking)
+            if x0 is not None:
+                guess = tree.accepted((yield score(tree.score, x0, depth))).tolist()
             made.append((walking, (*node, *seen), depth, guess))
             if not whole:
                 break
-            node = chain.move(node, seen, depth, tags[walking])
+            node = yield move(chain, node, seen, depth, tags[walking])
             calls += (chain.calls[depth] - 1) * len(walking)
     tree.calls += max(calls, 1)
     tree.drawn += len(starts)
@@ -137,7 +142,7 @@ def step_from(tree: Tree, starts: Sequence[int], whole: bool = False) -> None:
                 tree.back_up(at[w])
 
 
-def by_traversals(tree: Tree, select: Select, widen: tuple[float, float], batch: int) -> None:
+def by_traversals(tree: Tree, select: Select, widen: tuple[float, float], batch: int) -> Walk[None]:
     """Walk down by ``select`` to a node that may have one more child, batch after batch, until the budget is spent.
 
     A node visited N times is full at ceil(C N^alpha) children. Within a batch values are frozen, and visits count.
@@ -169,9 +174,9 @@ def by_traversals(tree: Tree, select: Select, widen: tuple[float, float], batch:
             logs.append(log)
             drawn += 1
         if starts:
-            rollouts(tree, starts, numbers, logs)
-            for start in starts:  # what back_up counts too
-                _uncount(tree, pending, start)
+            yield from rollouts(tree, starts, numbers, logs)
+            for node in starts:  # what back_up counts too
+                _uncount(tree, pending, node)
         elif over or drawn == tree.drawn:
             return
         for node, visits in pending.items():
@@ -216,7 +221,7 @@ def _walk(tree: Tree, select: Select, widen, pending: Counter, draws) -> tuple[l
 def planted(
     growth: dict[str, Any], d: Denoiser, noise_or_table: Any, table_or_reward: Any, reward: Reward | None, budget: int,
     cond: Any, seed: int, scale: float, levels: Any, memory: int | None, space: Space, ids: torch.Tensor | None,
-    **sample: Any,
+    rows: int, **sample: Any,
 ) -> list[Tree]:  # fmt: skip
     """The trees of ``tree_sample`` and ``tree_search``, grown: one, or one for each row of noise."""
     if not isinstance(d, Denoiser):
@@ -229,16 +234,17 @@ def planted(
         reward = table_or_reward
     if reward is None:
         raise TypeError("reward must be given: a function of samples (B, ...) to (B,)")
-    score = checked(reward, d.codec, space)
+    judge = checked(reward, d.codec, space)
     check_budget(budget)
     common = dict(seed=seed, levels=levels, **sample)
     if noise is None:
-        tree = Tree(Diffusion(d, table, cond, **common), score, scale, seed, memory)
+        tree = Tree(Diffusion(d, table, cond, **common), judge, scale, seed, memory)
         tree.growth = growth
         return [tree.grow(budget)]
     trees = []
     for chain, own in groups_of(d, noise, table, cond, ids, **common):
-        tree = Tree(chain, score, scale, seed, memory, own)
+        tree = Tree(chain, judge, scale, seed, memory, own)
         tree.growth = dict(growth)
-        trees.append(tree.grow(budget))
+        trees.append(tree)
+    together((growing(tree, budget) for tree in trees), rows)
     return trees

@@ -41,6 +41,7 @@ from .noise import uniform
 from .resampling import ess as effective_size
 from .resampling import log_mean_exp, systematic
 from .table import Table
+from .together import Walk, look, move, score, start
 from .tree import ROOT, Tree
 from .tree_growth import CHOOSE, by_traversals, cost, planted
 
@@ -68,6 +69,7 @@ def tree_sample(
     ess: float = 0.5,
     widen: tuple[float, float] = (1.0, 0.5),
     explore: float = 0.0,
+    rows: int = 256,
     **sample: Any,
 ) -> Any:
     """A tree of samples of p exp(scale r):  ``tree_sample(d, table, reward, budget=2_000)``  -> ``Tree``.
@@ -88,6 +90,7 @@ def tree_sample(
         ess: populations: resample where the effective sample size falls below this share.
         widen: walks: (C, alpha), a node of N visits may have ceil(C N^alpha) children.
         explore: walks: the share of choices that are uniform instead of by value.
+        rows: samples that trees of different rows of noise may share a network call for: they grow side by side.
         sample: ``shape``, ``dtype``, ``device`` of samples where the denoiser does not say.
     """
     if grow == "populations":
@@ -103,13 +106,13 @@ def tree_sample(
     else:
         raise ValueError(f"grow must be 'populations' or 'walks', got {grow!r}")
     trees = planted(growth, d, noise_or_table, table_or_reward, reward, budget, cond, seed, scale, levels, memory,
-                    reward_space, ids, **sample)  # fmt: skip
+                    reward_space, ids, check_batch(rows, "rows"), **sample)  # fmt: skip
     if not isinstance(noise_or_table, torch.Tensor):
         return trees[0]
     return torch.cat([tree.samples(1, seed=tree.ids.first) for tree in trees]), trees
 
 
-def by_walks(tree: Tree, widen: tuple[float, float], batch: int, explore: float) -> None:
+def by_walks(tree: Tree, widen: tuple[float, float], batch: int, explore: float) -> Walk[None]:
     """The paper's growth."""
 
     def select(tree: Tree, node: int, pending, u: float) -> tuple[int, float]:
@@ -119,10 +122,10 @@ def by_walks(tree: Tree, widen: tuple[float, float], batch: int, explore: float)
         at = min(int(np.searchsorted(share.cumsum(), u * share.sum())), len(share) - 1)
         return at, float(share[at])
 
-    by_traversals(tree, select, widen, batch)
+    return by_traversals(tree, select, widen, batch)
 
 
-def by_populations(tree: Tree, batch: int | None, prior: float, ess: float) -> None:
+def by_populations(tree: Tree, batch: int | None, prior: float, ess: float) -> Walk[None]:
     """Populations of the budget's share, each with slopes from all before it."""
     each = cost(tree, ROOT)
     rollouts = (tree.allowed - tree.calls) // each
@@ -132,23 +135,23 @@ def by_populations(tree: Tree, batch: int | None, prior: float, ess: float) -> N
     for left in range(count, 0, -1):
         size = (tree.allowed - tree.calls) // each // left
         if size:
-            population(tree, size, slopes(tree, prior), ess)
+            yield from population(tree, size, slopes(tree, prior), ess)
 
 
-def population(tree: Tree, size: int, slope: np.ndarray, ess: float) -> None:
+def population(tree: Tree, size: int, slope: np.ndarray, ess: float) -> Walk[None]:
     """One population of rollouts, resampled on its way down by  exp(scale b r(x0_hat))."""
     chain = tree.chain
     device = getattr(chain, "device", torch.device("cpu"))
     tags = torch.tensor([tree.ids(tree.drawn + i) for i in range(size)], device=device)
     draws = uniform(tree.seed, tags[:1].cpu(), chain.depth + 1, stream=CHOOSE)[0]
-    node, parents, made = chain.start(tags), torch.arange(size), []
+    node, parents, made = (yield start(chain, tags)), torch.arange(size), []
     log, before, log_z = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0.0
     for depth in range(chain.depth):
-        seen, x0 = chain.look(node, depth)
+        seen, x0 = yield look(chain, node, depth)
         tree.widths[depth] = len(node)
         guess = torch.full((size,), float("nan"), dtype=torch.float64)
         if x0 is not None:
-            guess = tree.scale * tree.rewards_of(x0)
+            guess = tree.scale * tree.accepted((yield score(tree.score, x0, depth)))
             now = float(slope[depth]) * guess
             log, before = log + now - before, now
         made.append(((*node, *seen), parents, guess.tolist()))
@@ -158,8 +161,8 @@ def population(tree: Tree, size: int, slope: np.ndarray, ess: float) -> None:
             log_z += float(log_mean_exp(log))
             log, before = torch.zeros_like(log), before[parents]
             node, seen = (tuple(t[parents.to(device)] for t in part) for part in (node, seen))
-        node = chain.move(node, seen, depth, tags)
-    rewards = tree.rewards_of(node[0])
+        node = yield move(chain, node, seen, depth, tags)
+    rewards = tree.accepted((yield score(tree.score, node[0], chain.depth)))
     weights = (log + tree.scale * rewards - before + log_z).tolist()
     tree.calls += size * cost(tree, ROOT)
     tree.drawn += size
@@ -221,11 +224,11 @@ def _flattened(log: np.ndarray, worth: float) -> np.ndarray:
     return share(low)
 
 
-def check_batch(batch: int | None) -> int:
+def check_batch(batch: int | None, name: str = "batch") -> int:
     """A positive int, 16 for None; else ``ValueError``."""
     batch = 16 if batch is None else batch
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be a positive integer, got {batch!r}")
+        raise ValueError(f"{name} must be a positive integer, got {batch!r}")
     return batch
 
 

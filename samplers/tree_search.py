@@ -37,6 +37,7 @@ from ..models.denoiser import Denoiser
 from ..models.rewards import Reward, Space
 from .guidance import number
 from .table import Table
+from .together import Walk
 from .tree import ROOT, Tree
 from .tree_growth import by_traversals, cost, planted, step_from
 from .tree_sample import check_batch, check_share, check_widen
@@ -65,6 +66,7 @@ def tree_search(
     reward_space: Space = "image",
     memory: int | None = None,
     batch: int | None = None,
+    rows: int = 256,
     **sample: Any,
 ) -> Any:
     """A tree grown towards high rewards:  ``tree_search(d, table, reward, budget=2_000)``  -> ``Tree``.
@@ -79,7 +81,7 @@ def tree_search(
         fresh: improvement: the share of calls that go to whole rollouts from the root.
         widen: bounds: (C, alpha), a node of N visits may have ceil(C N^alpha) children.
         batch: rollouts at once (16); within a batch visits count before their rewards are known.
-        levels, reward_space, memory, sample: as for ``tree_sample``.
+        levels, reward_space, memory, rows, sample: as for ``tree_sample``.
     """
     if backup not in ("soft", "max"):
         raise ValueError(f"backup must be 'soft' or 'max', got {backup!r}")
@@ -93,13 +95,13 @@ def tree_search(
     elif grow != "improvement":
         raise ValueError(f"grow must be 'improvement' or 'bounds', got {grow!r}")
     trees = planted(growth, d, noise_or_table, table_or_reward, reward, budget, cond, seed, scale, levels, memory,
-                    reward_space, ids, **sample)  # fmt: skip
+                    reward_space, ids, check_batch(rows, "rows"), **sample)  # fmt: skip
     if not isinstance(noise_or_table, torch.Tensor):
         return trees[0]
     return torch.cat([tree.best()[0] for tree in trees]), trees
 
 
-def by_bounds(tree: Tree, widen: tuple[float, float], batch: int, explore: float, backup: str) -> None:
+def by_bounds(tree: Tree, widen: tuple[float, float], batch: int, explore: float, backup: str) -> Walk[None]:
     """The paper's growth, by upper confidence bounds."""
     tree.backup = backup
 
@@ -112,10 +114,10 @@ def by_bounds(tree: Tree, widen: tuple[float, float], batch: int, explore: float
         bound = values + explore * spread * np.sqrt(np.log(max(total, 1)) / visits)
         return int(bound.argmax()), 1.0
 
-    by_traversals(tree, select, widen, batch)
+    return by_traversals(tree, select, widen, batch)
 
 
-def by_improvement(tree: Tree, batch: int, fresh: float) -> None:
+def by_improvement(tree: Tree, batch: int, fresh: float) -> Walk[None]:
     """Ours: move by move, always where a call is expected to improve the most on the best reward so far.
 
     Of a batch at most a quarter starts from one depth, and a share ``fresh`` of the budget goes to whole rollouts from
@@ -128,7 +130,7 @@ def by_improvement(tree: Tree, batch: int, fresh: float) -> None:
         first = min(FIRST - tree.whole, left // each)
         if first > 0 or (tree.whole * each < fresh * tree.calls and left >= each):
             first = max(min(first, batch), 1)
-            step_from(tree, [ROOT] * first, whole=True)
+            yield from step_from(tree, [ROOT] * first, whole=True)
             tree.whole += first
             continue
         if len(tree.leaves) < 2:
@@ -146,7 +148,7 @@ def by_improvement(tree: Tree, batch: int, fresh: float) -> None:
                     break
         if not chosen:
             return
-        step_from(tree, chosen)
+        yield from step_from(tree, chosen)
 
 
 def prospects(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
