@@ -7,7 +7,7 @@ Student and critic start as copies of the teacher.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -67,13 +67,19 @@ class Players(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one loss is made from: conditions, their null, real data where there is any, and the random numbers."""
+    """What one loss is made from: conditions, their null, real data where there is any, and the random numbers.
+
+    It may be a part of the global batch. ``reduce`` sums a tensor over the ranks that have the others; ``scale`` (B,)
+    are its samples' weights, where a method has weighed the parts of one rank together.
+    """
 
     draws: Draws
     shape: tuple[int, ...]
     cond: Mapping[str, Any]
     null: Mapping[str, Any] | None = None
     real: torch.Tensor | None = None
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+    scale: torch.Tensor | None = None
 
     def generate(self, student: Student) -> torch.Tensor:
         """The student's x0 (B, ...) at a random one of its calls, the same call for the whole batch."""

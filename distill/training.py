@@ -51,6 +51,7 @@ class Trainer:
                 lr=self.rates[who],
                 betas=tuple(optim.betas),
                 weight_decay=optim.weight_decay,
+                fused=True,
             )
             for who, module in self.trained.items()
         }
@@ -92,12 +93,18 @@ class Trainer:
         count = train.batch // parts
         optimizer.zero_grad(set_to_none=True)
         numbers: dict[str, torch.Tensor] = {}
+        half = torch.autocast(ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16")
+        batches = []
         for part in range(train.accumulate):
             first = (ranks.rank * train.accumulate + part) * count
             draws = Draws(self.recipe.seed, turn, first, count, train.batch, ranks.device)
-            half = torch.autocast(ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16")
+            batches.append(self.data.batch(draws)._replace(reduce=ranks.sum))
+        if who == "student" and len(batches) > 1 and hasattr(self.method, "weigh"):
+            with torch.no_grad(), half:
+                batches = self.method.weigh(self.players, batches)
+        for batch in batches:
             with half:
-                loss, said = loss_of(self.players, self.data.batch(draws))
+                loss, said = loss_of(self.players, batch)
             (loss / train.accumulate).backward()
             for key, value in {"loss": loss.detach(), **said}.items():
                 numbers[key] = numbers.get(key, 0) + value.detach() / train.accumulate
@@ -194,7 +201,7 @@ def warm_up(
     from .losses import denoising_loss
 
     net.net.train().requires_grad_(True)
-    optimizer = torch.optim.AdamW(net.net.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(net.net.parameters(), lr=lr, fused=True)
     for turn in range(iters):
         draws = Draws(seed ^ 0x5EED, turn, 0, batch, batch)
         made = data.batch(draws)

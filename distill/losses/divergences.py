@@ -63,6 +63,15 @@ def density_ratio(
     return mean.clamp(-clamp, clamp).exp().clamp(low, high)
 
 
+def is_clipped(ratio: torch.Tensor, low: float = 0.1, high: float = 20.0) -> torch.Tensor:
+    """Where ``density_ratio`` stands at one of its ends, and so says only that it is far: (B,) of booleans.
+
+    >>> is_clipped(density_ratio(torch.tensor([0.0, 100.0, -100.0])))
+    tensor([False,  True,  True])
+    """
+    return (ratio <= low) | (ratio >= high)
+
+
 class LevelMeans(NamedTuple):
     """Weighted sums of r and their weights in bins of the noise level, (bins,) each."""
 

@@ -142,6 +142,29 @@ def test_two_ranks_make_the_loss_of_one(name):
         torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("bins", [0, 10])
+def test_a_batch_in_parts_has_the_weights_of_the_whole(bins):
+    def method():
+        return FDistill(divergence="kl", gan=Gan(student=0.1, layers=[LAYER]), bins=bins)
+
+    whole, cut, blind = method(), method(), method()
+    p = players(whole)
+    for turn in (3, 7):  # the running means are those of the whole batch as well
+        expected, numbers = whole.student_loss(p, a_batch(turn))
+        halves = [a_batch(turn, first=8 * k, count=8) for k in range(2)]
+        with torch.no_grad():
+            weighed = cut.weigh(p, halves)
+        losses = torch.stack([cut.student_loss(p, batch)[0] for batch in weighed])
+        torch.testing.assert_close(losses.mean(), expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            torch.cat([b.scale for b in weighed]).square().mean(), numbers["weight_square"]
+        )
+        alone = torch.stack([blind.student_loss(p, batch)[0] for batch in halves]).mean()
+        assert abs(alone - expected) > 1e-4 * abs(
+            expected
+        )  # each half with mean 1 of its own is another loss
+
+
 def test_draws_cover_every_level_once_and_never_repeat():
     draws = Draws(0, 3, 0, 64, 64)
     share = draws.stratified("level")
