@@ -4,10 +4,11 @@
     python benchmarks/distillation.py mixture                # modes found of 25, with the exact teacher
     python benchmarks/distillation.py digits --table         # the table of what is there, nothing run
 
-A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, and the table
-of all goes to benchmarks/results. Digits are judged on 2000 held-out starts: Frechet and kernel distance of the
-classifier's features to all 1797 digits, the median distance to the nearest training digit beside that of real held-out
-ones, and how far the samples of one class lie from their mean (diversity), as a share of the digits' own.
+A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, ``--jobs``
+cells run at once, a thread each, and the table goes to benchmarks/results when all are there. Digits are judged on 2000
+held-out starts: Frechet and kernel distance of the classifier's features to all 1797 digits, the median distance to the
+nearest training digit beside that of real held-out ones, and how far the samples of one class lie from their mean
+(diversity), as a share of the digits' own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,15 @@ def floors_digits() -> dict[str, dict[str, float]]:
         rows[f"teacher, Euler, {calls} call{'s' if calls > 1 else ''}"] = judged_digits(
             _made(d, table, noise, label), label, judge
         )
-    return rows
+    real = rows["teacher, Heun, 35 calls"]["nearest_held_out"]
+    return {"held-out digits": {"nearest": real, "diversity": 1.0}, **rows}
+
+
+def floors_mixture() -> dict[str, dict[str, float]]:
+    """What exact samples have."""
+    from fewstep.distill.data import mixture_samples
+
+    return {"exact samples": judged_points(mixture_samples(Draws(79, 0, 0, 5000, 5000)).double())}
 
 
 def _made(d: Denoiser, table, noise: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -125,20 +136,54 @@ def cell(task: str, name: str, seed: int, runs: Path, threads: int, extra: list[
     return numbers
 
 
-def gathered(
-    task: str, runs: Path, only: list[str], table_only: bool, threads: int
-) -> dict[str, dict[str, list[float]]]:
-    """name -> number -> its values over seeds."""
+def make(
+    task: str, runs: Path, only: list[str], seeds: list[int], jobs: int, threads: int, extra: list[str]
+) -> None:
+    """Run what is missing, seed by seed, ``jobs`` cells at once in processes of their own."""
+    wanted = [
+        (task, name, seed, runs, threads, extra)
+        for seed in seeds
+        for name in (DIGITS if task == "digits" else MIXTURE)
+        if not only or any(word in name for word in only)
+    ]
+    missing = [one for one in wanted if not kept_at(task, one[1], one[2], runs, extra).is_file()]
+    if jobs == 1:
+        for one in missing:
+            cell(*one)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for done in [pool.submit(cell, *one) for one in missing]:
+            done.result()
+
+
+def gathered(task: str, runs: Path, extra: list[str]) -> dict[str, dict[str, list[float]]]:
+    """name -> number -> its values over seeds, of all cells that are there."""
     found: dict[str, dict[str, list[float]]] = {}
-    for seed in SEEDS:
-        for name in DIGITS if task == "digits" else MIXTURE:
-            if only and not any(word in name for word in only):
-                continue
-            if table_only and not kept_at(task, name, seed, runs, []).is_file():
-                continue
-            for key, value in cell(task, name, seed, runs, threads, []).items():
+    for name in DIGITS if task == "digits" else MIXTURE:
+        for seed in SEEDS:
+            kept = kept_at(task, name, seed, runs, extra)
+            for key, value in (json.loads(kept.read_text()) if kept.is_file() else {}).items():
                 found.setdefault(name, {}).setdefault(key, []).append(value)
     return found
+
+
+def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """What is said of the digits' students, and whether it is so of these: means over seeds."""
+    means = {name: {k: sum(v) / len(v) for k, v in numbers.items()} for name, numbers in rows.items()}
+    one_step = [numbers for name, numbers in means.items() if name.endswith(", 1 call")]
+    euler = floors["teacher, Euler, 8 calls"]
+    best = min(one_step, key=lambda numbers: numbers["fd"])
+    return {
+        "the best of one call: FD below the teacher's Euler at 8": best["fd"] < euler["fd"],
+        "the best of one call: KID below the teacher's Euler at 8": best["kid"] < euler["kid"],
+        "the best of one call: FD below 5": best["fd"] < 5,
+        "every one of one call: FD below the teacher's Euler at 8": all(
+            numbers["fd"] < euler["fd"] for numbers in one_step
+        ),
+        "every student: no closer to training digits than held-out ones are": all(
+            numbers["nearest"] >= numbers["nearest_held_out"] for numbers in means.values()
+        ),
+    }
 
 
 def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> str:
@@ -168,7 +213,9 @@ def main() -> None:
     parser.add_argument("task", choices=("digits", "mixture"))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--only", nargs="*", default=[], help="words of the methods to run")
+    parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--jobs", type=int, default=2, help="cells at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--control", action="store_true", help="run with the student's learning rate at 0 and print"
@@ -176,22 +223,31 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.runs.mkdir(parents=True, exist_ok=True)
-    if arguments.control:
-        first = next(iter(DIGITS if arguments.task == "digits" else MIXTURE))
-        print(cell(arguments.task, first, 0, arguments.runs, arguments.threads, CONTROL))
-        return
-    rows = gathered(arguments.task, arguments.runs, arguments.only, arguments.table, arguments.threads)
-    floors = floors_digits() if arguments.task == "digits" else {}
-    if arguments.task == "mixture":
-        from fewstep.distill.data import mixture_samples
-
-        floors["exact samples"] = judged_points(mixture_samples(Draws(79, 0, 0, 5000, 5000)).double())
-    shown = table(arguments.task, rows, floors)
+    task, extra = arguments.task, CONTROL if arguments.control else []
+    if extra:  # one method stands for all: none of them moves at a rate of 0
+        arguments.only, arguments.seeds = arguments.only or [next(iter(DIGITS))], [0]
+    if not arguments.table:
+        make(task, arguments.runs, arguments.only, arguments.seeds, arguments.jobs, arguments.threads, extra)
+    rows = gathered(task, arguments.runs, extra)
+    floors = floors_digits() if task == "digits" else floors_mixture()
+    shown = table(task, rows, floors)
     print(shown)
     content = {"environment": environment(), "floors": floors, "rows": rows}
-    stem = RESULTS / f"distillation-{arguments.task}-cpu"
+    if task == "digits" and rows:
+        content["claims"] = claims(rows, floors)
+        said = "\n".join(f"- {'yes' if true else 'NO'}: {what}" for what, true in content["claims"].items())
+        print(said)
+        shown += f"\n{said}\n"
+    stem = RESULTS / f"distillation-{task}-cpu{'-control' if extra else ''}"
+    whole = all(
+        len(rows.get(name, {}).get("minutes", [])) == len(SEEDS)
+        for name in (DIGITS if task == "digits" else MIXTURE)
+    )
+    if not (whole or extra):
+        return
     write_atomically(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
-    head = f"Students of {arguments.task}, means over seeds and their range. Made by `python benchmarks/distillation.py {arguments.task}`.\n\n"  # noqa: E501
+    command = f"python benchmarks/distillation.py {task}{' --control' if extra else ''}"
+    head = f"Students of {task}, means over seeds and their range. Made by `{command}`.\n\n"
     write_atomically(stem.with_suffix(".md"), head + shown)
 
 
