@@ -25,6 +25,7 @@ VERBS = {
     "control": (".control", "samples under a reward, a target density or an observation, by a recipe"),
     "search": (".search", "searches a solver for a model at a number of network calls, and saves its table"),
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
+    "latents": ("..distill.data.latents", "encodes a data set once by an autoencoder, to train in latents"),
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
     "kernels": (".kernels", "lists the ops that have a Triton kernel, and who runs them here"),
     "bench": (".bench", "times every kernel beside torch, torch.compile and the memory's bandwidth"),

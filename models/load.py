@@ -24,6 +24,8 @@ from .edm2_unet import EDM2UNet
 from .edm_checkpoint import EDMCheckpoint, check_same, read_edm
 from .edm_unet import EDMUNet
 from .jumps import jumping
+from .latent_codec import PREFIX as CODEC
+from .latent_codec import LatentCodec
 from .load_diffusers import load_folder, load_pipeline
 from .mlp import MLP
 from .unet import UNet
@@ -116,8 +118,8 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
     Keys: ``path`` (see ``Path.to_config``), ``predicts``, ``precond``, ``sigma_data``, ``shape``, ``net`` (``type``:
     ``unet``, ``dit``, ``mlp``, ``edm`` or ``edm2``, and that net's config), ``time``, ``time_scale``, ``time_offset``:
     the network is given time_scale x u + time_offset, u being t, or ln(rho) where ``time`` is ``log_rho``, or
-    ln(rho) / 4 with EDM preconditioning. ``latents``: what an ``EDM2Codec`` is made with, where samples are such.
-    ``jumps``: of a network of two times, where its steps end (see ``jumps``).
+    ln(rho) / 4 with EDM preconditioning. ``latents``, where samples are such: what a ``LatentCodec`` or an
+    ``EDM2Codec`` is made with. ``jumps``: of a network of two times, where its steps end (see ``jumps``).
     """
     known = {
         "path",
@@ -152,9 +154,9 @@ def build(config: Mapping[str, Any], attention: str = "sdpa") -> Denoiser:
         net=net,
         shape=config["shape"],
     )
-    if config.get("latents") is not None:
-        classes = net.null_label
-        d.codec = EDM2Codec(**config["latents"], null=None if classes is None else {"label": classes})
+    if (latents := config.get("latents")) is not None:
+        null = None if net.null_label is None else {"label": net.null_label}
+        d.codec = LatentCodec(latents, null=null) if "sha256" in latents else EDM2Codec(**latents, null=null)
     d.config = dict(config)
     return d if config.get("jumps") is None else jumping(d, config["jumps"])
 
@@ -199,6 +201,8 @@ def save_checkpoint(
         k: v if dtype is None or not v.is_floating_point() else v.to(dtype)
         for k, v in d.net.state_dict().items()
     }
+    if isinstance(d.codec, LatentCodec):
+        tensors |= d.codec.tensors()
     checkpoint.write(
         path, tensors, {"kind": "denoiser", "config": dict(config), "training": dict(training or {})}
     )
@@ -209,8 +213,16 @@ def _checkpoint(path: Path, attention: str) -> Denoiser:
     if meta.get("kind") != "denoiser":
         raise ValueError(f"{path} holds a {meta.get('kind')}, not a denoiser")
     d = build(meta["config"], attention)
-    d.net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    restore(d, tensors)
     return _frozen(d)
+
+
+def restore(d: Denoiser, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fill the network, in float32, and the codec, where it has weights of its own, from a checkpoint's tensors."""
+    if isinstance(d.codec, LatentCodec):
+        d.codec.restore(tensors)
+    own = {k: v for k, v in tensors.items() if not k.startswith(CODEC)}
+    d.net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in own.items()})
 
 
 def _frozen(d: Denoiser) -> Denoiser:

@@ -5,11 +5,17 @@
     digits                          8x8, ten classes, inside scikit-learn
     mixture                         25 Gaussians in the plane, exact
     labels                          conditions alone, classes drawn uniformly: for methods that need no data
-    images.npz                      arrays of images, or of latents, and labels
+    glyphs, glyphs:0123456789       letters of many fonts, 32x32 in colour, drawn without end
+    folder or .zip of pictures      classes by EDM's dataset.json, or by folders
+    folder of tars, a-{00..63}.tar  shards as WebDataset writes them
+    torchvision:CIFAR10             with data.root; fetched only where data.download=true
+    images.npz                      arrays of images and labels
+    latents.safetensors             what ``fewstep latents`` made of any of these
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +25,38 @@ import torch
 
 from ...models.denoiser import Denoiser
 from ...models.image_data import image_batches
+from ...models.latent_codec import LatentCodec
 from ..draws import Draws
 from ..players import Batch
+from .ahead import ReadAhead
+from .folder import folder
+from .glyphs import PREFIX, glyphs
+from .latents import encoded, latents
 from .mixture import mixture
+from .shards import is_shards, shards
 from .source import Items, Source, of_items
+from .vision import vision
+
+NAMES = ("digits", "mixture", "labels", "glyphs")
 
 
 @dataclass
 class DataRecipe:
     """Where samples come from (``path``, see the module) and what is done to them.
 
-    ``flip``: mirror half of them; ``crop``: a square of so many pixels at a random place of each.
+    ``size``: pictures are scaled and cut to squares of so many pixels; ``crop``: then to a square at a random place of
+    each; ``flip``: half of them are mirrored. ``labels`` false: none are used. ``root`` and ``download`` are
+    torchvision's. ``ahead``: batches that are read before they are asked for, each on a thread.
     """
 
     path: str = "digits"
-    flip: bool = False
+    size: int | None = None
     crop: int | None = None
+    flip: bool = False
+    labels: bool = True
+    root: str = "data"
+    download: bool = False
+    ahead: int = 4
 
 
 class Data(NamedTuple):
@@ -50,11 +72,47 @@ class Data(NamedTuple):
         return Batch(draws, self.shape, cond, self.null(cond), real)
 
 
-def open_source(recipe: DataRecipe) -> Source:
-    """The source that a recipe names, before any teacher is asked."""
-    if recipe.path == "mixture":
-        return mixture()
-    return of_items(_in_memory(recipe.path), recipe.crop, recipe.flip)
+def open_source(recipe: DataRecipe, codec: LatentCodec | None = None) -> Source:
+    """The source that a recipe names, before any teacher is asked; ``codec``: pictures are encoded by it on the way."""
+    path = os.path.expanduser(recipe.path)
+    endless = path == "mixture" or path.partition(":")[0] == PREFIX
+    if endless and (recipe.size or recipe.crop or recipe.flip):
+        raise ValueError(f"data.size, data.crop and data.flip are for pictures on disk, not for {path}")
+    if endless:
+        source = mixture() if path == "mixture" else glyphs(path)
+    else:
+        items = open_items(recipe)
+        if codec is not None and items.latents is None:
+            items = encoded(items, codec)
+        source = of_items(items, recipe.crop, recipe.flip)
+    if source.slow and recipe.ahead:
+        source = source._replace(read=ReadAhead(source.read, recipe.ahead))
+    if not recipe.labels:
+        read = source.read
+        source = source._replace(classes=None, read=lambda draws: (read(draws)[0], None))
+    return source
+
+
+def open_items(recipe: DataRecipe) -> Items:
+    """The items on disk that a recipe names, uncropped and unflipped."""
+    path = os.path.expanduser(recipe.path)
+    there = os.path.exists(path)
+    if path.startswith("torchvision:"):
+        return vision(path, os.path.expanduser(recipe.root), recipe.download, recipe.size)
+    if is_shards(path):
+        return shards(path, recipe.size)
+    if os.path.isdir(path) or (there and path.endswith(".zip")):
+        return folder(Path(path), recipe.size)
+    if recipe.size is not None:
+        raise ValueError(f"data.size is for pictures on disk, not for {path}")
+    if there and path.endswith(".safetensors"):
+        return latents(Path(path))
+    if path == "digits" or (there and path.endswith(".npz")):
+        return _arrays(path)
+    raise ValueError(
+        f"data.path must be {', '.join(NAMES)}, torchvision:NAME, a folder or .zip of pictures, tar shards, an .npz, "
+        f"or latents (.safetensors); got {recipe.path!r}, which is {'none of these' if there else 'not there'}"
+    )
 
 
 def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = None) -> Data:
@@ -76,8 +134,14 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
             return None, {"label": (draws.uniform("data") * null_label).long()}
 
         return Data(teacher.shape, conditions, null)
-    source = open_source(recipe) if source is None else source
+    codec = teacher.codec if isinstance(getattr(teacher, "codec", None), LatentCodec) else None
+    source = open_source(recipe, codec) if source is None else source
     _check(source, teacher, null_label)
+    if codec is not None and source.latents and source.latents["sha256"] != codec.about["sha256"]:
+        raise ValueError(
+            f"data.path = {source.name} holds latents of the autoencoder {source.latents['name']!r}, and the teacher "
+            f"was trained in those of {codec.about['name']!r}: the hashes of their weights differ"
+        )
 
     def real(draws: Draws):
         x, labels = source.read(draws)
@@ -110,7 +174,7 @@ def _check(source: Source, teacher: Denoiser, null_label: int | None) -> None:
         )
 
 
-def _in_memory(path: str) -> Items:
+def _arrays(path: str) -> Items:
     parts = list(image_batches(path))
     if not parts:
         raise ValueError(f"data.path = {path} holds no images")
