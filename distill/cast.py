@@ -14,6 +14,7 @@ from .data import Data, grid_mixture
 from .discriminator import discriminator_on
 from .draws import Draws
 from .lora import share_network
+from .methods.meanflow import MeanFlow, mean_flow_student
 from .methods.phased import PhasedDMD, phased_student
 from .players import Players
 from .schema import DistillRecipe
@@ -38,6 +39,9 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
         parent = _of_its_own(recipe, teacher, data)
     if isinstance(method, PhasedDMD):
         student = phased_student(parent, recipe.student.steps, method.phases, recipe.student.times)
+    elif isinstance(method, MeanFlow):
+        s = recipe.student
+        student = mean_flow_student(parent, s.steps, s.sampler, s.times)
     else:
         s = recipe.student
         student = few_steps(parent.copy(), s.steps, s.sampler, s.times, s.t_max)
@@ -45,6 +49,10 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
     if recipe.lora.rank:
         if isinstance(method, PhasedDMD):
             raise ValueError("lora.rank > 0 is not for phased DMD: its experts are networks of their own")
+        if isinstance(method, MeanFlow):
+            raise ValueError(
+                "lora.rank > 0 is not for MeanFlow: its network has a time more than the teacher's"
+            )
         teacher, made, critic, adapters = share_network(teacher, **asdict(recipe.lora))
         student = student._replace(d=made)
     if not hasattr(method, "critic_loss"):

@@ -31,6 +31,8 @@ STREAMS = (
     "user",
     "flip",
     "crop",
+    "prompt",
+    "other_level",
 )
 FIRST_STREAM = 16  # the samplers' own streams lie below
 

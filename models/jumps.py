@@ -8,8 +8,7 @@ so a step of Euler with u in the place of v is exact, however long. A network wi
 ``gap`` t - r; where no gap is given it is 0, u is v, and everything that runs a flow runs it.
 
     >>> from fewstep.models import paths
-    >>> def ask(net, x, tau, gap=None): return x * 0 + gap.reshape(-1, 1)
-    >>> d = Denoiser(functools.partial(ask, None), paths.flow(), predicts="flow")
+    >>> d = Denoiser(lambda x, tau, gap: x * 0 + gap.reshape(-1, 1), paths.flow(), predicts="flow")
     >>> jumping(d, [1.0, 0.5, 0.0]).velocity(torch.zeros(1, 1), 0.75)          # from 0.75 it jumps to 0.5
     tensor([[0.2500]])
 """
@@ -17,7 +16,6 @@ so a step of Euler with u in the place of v is exact, however long. A network wi
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,9 +30,9 @@ class Jumps(Denoiser):
 
     ends: tuple[float, ...]
 
-    def raw(self, x: torch.Tensor, t: Times, **cond: Any) -> tuple[torch.Tensor, ...]:
-        """The average velocity from t to the next end."""
-        return super().raw(x, t, gap=self.gap(x, t), **cond)
+    def raw(self, x: torch.Tensor, t: Times, gap: torch.Tensor | None = None, **cond: Any):
+        """The average velocity from t to the next end, or over the ``gap`` (B,) asked for."""
+        return super().raw(x, t, gap=self.gap(x, t) if gap is None else gap, **cond)
 
     def gap(self, x: torch.Tensor, t: Times) -> torch.Tensor:
         """t less the highest end below it, (B,); what lies below all of them goes to the lowest."""
@@ -66,7 +64,9 @@ def with_second_time(d: Denoiser) -> Denoiser:
     from .load import build
 
     if d.config is None or d.net is None:
-        raise ValueError("d must be one that load.build can make again (one of fewstep's networks): it has no config")
+        raise ValueError(
+            "d must be one that load.build can make again (one of fewstep's networks): it has no config"
+        )
     twin = build({**d.config, "net": {**d.config["net"], "second_time": True}})
     weights = {**twin.net.state_dict(), **d.net.state_dict()}
     twin.net.load_state_dict(weights)

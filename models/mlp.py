@@ -14,18 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from .unet import time_features
+from .unet import GapMLP, time_features, with_gap
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """What makes an ``MLP``. ``num_class_embeds`` counts the null label, which is the last index."""
+    """What makes an ``MLP``. ``num_class_embeds`` counts the null label, which is the last index.
+
+    ``second_time``: the network is also told how far a step leads (see ``jumps``).
+    """
 
     dim: int = 2
     hidden_size: int = 128
     depth: int = 3
     time_scale: float = 100.0
     num_class_embeds: int | None = None
+    second_time: bool = False
 
     def __post_init__(self):
         for name in ("dim", "hidden_size", "depth"):
@@ -68,6 +72,7 @@ class MLP(nn.Module):
         self.config, width = config, config.hidden_size
         self.inputs = nn.Linear(config.dim, width)
         self.time_embedding = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.gap_embedding = GapMLP(width, width) if config.second_time else None
         self.labels = nn.Embedding(config.num_class_embeds, width) if config.num_class_embeds else None
         self.blocks = nn.ModuleList([Block(width) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(width)
@@ -80,10 +85,16 @@ class MLP(nn.Module):
         """The label that stands for none."""
         return None if self.labels is None else self.config.num_class_embeds - 1
 
-    def forward(self, x: torch.Tensor, tau: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
-        """See the class; no label is the null label."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        tau: torch.Tensor,
+        label: torch.Tensor | None = None,
+        gap: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See the class; no label is the null label, and no ``gap`` (B,) one of 0."""
         features = time_features(tau * self.config.time_scale, self.config.hidden_size)
-        time = self.time_embedding(features.to(x.dtype))
+        time = with_gap(self.time_embedding(features.to(x.dtype)), self.gap_embedding, gap)
         if self.labels is not None:
             label = torch.full_like(tau, self.null_label, dtype=torch.long) if label is None else label
             time = time + self.labels(label)

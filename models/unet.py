@@ -404,10 +404,10 @@ class UNet(nn.Module):
 
     def to_diffusers(self):
         """The same net as a ``diffusers.UNet2DModel`` (its ``class_labels`` are our ``label``, never None)."""
-        from diffusers import UNet2DModel
-
         if self.config.second_time:
             raise ValueError("second_time: diffusers' UNet2DModel has one time")
+        from diffusers import UNet2DModel
+
         config = {k: v for k, v in self.config.to_dict().items() if k != "second_time"}
         first = next(self.parameters())
         # nn.Module's own ``to``: diffusers' override logs a warning about modules that it does not have

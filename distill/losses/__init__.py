@@ -6,6 +6,7 @@ g, what d loss / d x0 is to be for a sample; ``surrogate(x0, g)`` is the scalar 
 """
 
 from .adversarial import approximate_r1, discriminator_loss, generator_loss, gradient_r1
+from .consistency import consistency_loss, next_level, ode_step
 from .denoising import denoising_loss, x0_weight
 from .divergences import (
     DIVERGENCES,
@@ -17,6 +18,7 @@ from .divergences import (
     level_means,
 )
 from .dmd import dmd_gradient
+from .mean_flow import guided_velocity, mean_flow_loss, mean_flow_target
 from .phased import phased_critic_loss, phased_gradient, phased_kernel, phased_target
 from .rendered import (
     cds_gradient,
@@ -27,6 +29,7 @@ from .rendered import (
 )
 from .score_matching import sid_loss, sim_loss
 from .surrogate import surrogate
+from .trigflow import consistency_tangent, normalised, scm_loss, trig_output
 
 __all__ = [
     "DIVERGENCES",
@@ -36,6 +39,8 @@ __all__ = [
     "batch_level_means",
     "cds_gradient",
     "classifier_gradient",
+    "consistency_loss",
+    "consistency_tangent",
     "denoising_loss",
     "density_ratio",
     "discriminator_loss",
@@ -43,16 +48,24 @@ __all__ = [
     "dmd_gradient",
     "generator_loss",
     "gradient_r1",
+    "guided_velocity",
     "invert",
     "level_means",
+    "mean_flow_loss",
+    "mean_flow_target",
+    "next_level",
+    "normalised",
+    "ode_step",
     "phased_critic_loss",
     "phased_gradient",
     "phased_kernel",
     "phased_target",
+    "scm_loss",
     "score_distillation_gradient",
     "sid_loss",
     "sim_loss",
     "surrogate",
+    "trig_output",
     "variational_gradient",
     "x0_weight",
 ]

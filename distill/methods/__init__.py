@@ -6,10 +6,21 @@ gets no critic.
 """
 
 from .dmd2 import DMD2
+from .ect import ECT
 from .fdistill import FDistill
+from .meanflow import MeanFlow
 from .phased import PhasedDMD
+from .scm import SCM
 from .sim import SIM
 
-METHODS = {"dmd2": DMD2, "fdistill": FDistill, "sim": SIM, "phased": PhasedDMD}
+METHODS = {
+    "dmd2": DMD2,
+    "fdistill": FDistill,
+    "sim": SIM,
+    "phased": PhasedDMD,
+    "meanflow": MeanFlow,
+    "scm": SCM,
+    "ect": ECT,
+}
 
-__all__ = ["DMD2", "METHODS", "SIM", "FDistill", "PhasedDMD"]
+__all__ = ["DMD2", "ECT", "METHODS", "SCM", "SIM", "FDistill", "MeanFlow", "PhasedDMD"]
