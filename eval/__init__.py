@@ -6,7 +6,7 @@ from .frechet import frechet_distance
 from .images import grid, save_folder, save_npz, save_png, tile, to_uint8
 from .kid import kernel_distance
 from .mmd import Estimate, kernel_mmd, rbf_mmd
-from .moments import Gaussian, Stats, gaussian_stats
+from .moments import Gaussian, Stats, gaussian_stats, stream_stats
 from .neighbours import Memorisation, memorisation, nearest
 from .sliced import sliced_wasserstein
 
@@ -31,6 +31,7 @@ __all__ = [
     "save_npz",
     "save_png",
     "sliced_wasserstein",
+    "stream_stats",
     "tile",
     "to_uint8",
 ]

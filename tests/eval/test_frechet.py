@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fewstep.eval import Gaussian, frechet_distance, gaussian_stats
+from fewstep.eval import Gaussian, frechet, frechet_distance, gaussian_stats
 from fewstep.eval.frechet import covariance_factor
 
 F64 = torch.float64
@@ -85,6 +85,29 @@ def test_low_precision_features_are_widened_first(dtype):
     xa, xb = normal(64, 4, seed=1).to(dtype), normal(64, 4, seed=2).to(dtype)
     assert frechet_distance(xa, xb) == frechet_distance(xa.double(), xb.double())
     assert frechet_distance(xa.float().numpy(), xb) == frechet_distance(xa, xb)
+
+
+def test_eigenvalues_are_taken_where_they_are_good_enough_and_singular_values_where_not(monkeypatch):
+    q, zero = rotation(20), torch.zeros(20, dtype=F64)
+    taken = []
+    real = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda x: taken.append(1) or real(x))
+    for low, expected in ((-3, 0), (-14, 1)):
+        a = torch.logspace(0, low, 20, dtype=F64)
+        ours = frechet_distance(Gaussian(zero, q * a @ q.T), Gaussian(zero, torch.diag(a.flip(0))))
+        assert len(taken) == expected
+        root = q * a.sqrt() @ q.T
+        exact = float(2 * a.sum() - 2 * real(root * a.flip(0).sqrt()).sum())
+        assert ours == pytest.approx(exact, abs=1e-11)
+
+
+def test_a_triangular_factor_is_multiplied_as_the_whole_one_is(monkeypatch):
+    monkeypatch.setattr(frechet, "PANEL", 7)
+    lower, b = normal(20, 20).tril(), normal(20, 20, seed=1)
+    b = b + b.T
+    assert torch.allclose(
+        frechet._congruent(lower, b).tril(), (lower.T @ b @ lower).tril(), rtol=0, atol=1e-13
+    )
 
 
 def test_slightly_negative_eigenvalues_are_clipped_and_others_refused():

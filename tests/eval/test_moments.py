@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.eval import Stats, gaussian_stats
+from fewstep.eval import Stats, gaussian_stats, moments, stream_stats
 
 
 def sample(count: int, dim: int = 6, offset: float = 0.0) -> torch.Tensor:
@@ -36,6 +36,20 @@ def test_streaming_equals_batch(size, offset):
     for batch in x.split(size):
         stats = stats.update(batch)
     assert_same(stats.finish(), gaussian_stats(x), 1e-10)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("size", [1, 33, 500])
+def test_a_stream_equals_the_whole(monkeypatch, size, offset):
+    monkeypatch.setattr(moments, "BLOCK", 64)
+    monkeypatch.setattr(moments, "PANEL", 4)
+    x = sample(500, offset=offset)
+    ours = stream_stats(x.split(size))
+    assert_same(ours.finish(), gaussian_stats(x), 1e-10)
+    assert torch.equal(ours.scatter, ours.scatter.T)
+    assert stream_stats(iter([])) == Stats() == stream_stats([x[:0]])
+    with pytest.raises(ValueError, match="batch has 5 dimensions; expected 6"):
+        stream_stats([x, x[:, :5]])
 
 
 def test_a_far_origin_costs_no_digits():
