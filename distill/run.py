@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +25,7 @@ from . import checkpoints, parallel
 from . import recipe as recipes
 from .cast import cast, networks, open_teacher
 from .data import Data, open_data
+from .diagnostics import Watch, contrast, diagnose
 from .disback import Backtrack, record, recorded
 from .parallel import Ranks, shard
 from .players import Players
@@ -66,6 +68,9 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     if ranks.first:
         _drop_after(folder, trainer.iteration)
     best = _best(folder)
+    watch = Watch(recipe.train.iters)
+    for line in metrics(folder):
+        watch(line)  # what was said before the run was broken off is not said again
     sinks = open_sinks(recipe.report.sinks, folder, asdict(recipe)) if ranks.first else []
     for index, say in track(
         recipe.train.iters, recipe.name, every=recipe.report.validate, quiet=not ranks.first
@@ -79,7 +84,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
             back.at(index)
         numbers = trainer.turn()
         say(**{k: numbers[k] for k in ("loss", "critic") if k in numbers})
-        best = _report(trainer, folder, exam, numbers, best, sinks)
+        best = _report(trainer, folder, exam, numbers, best, sinks, watch)
     save_student(trainer, folder)
     return folder
 
@@ -154,6 +159,7 @@ def _report(
     numbers: dict[str, float],
     best: tuple[float, int | None],
     sinks: list[Sink],
+    watch: Watch,
 ) -> tuple[float, int | None]:
     report, iteration = trainer.recipe.report, trainer.iteration
     last = iteration == trainer.recipe.train.iters
@@ -161,13 +167,20 @@ def _report(
     if iteration % report.validate == 0 or last:
         with trainer.averaged():
             made = trainer.players.student.sample(exam.noise, exam.cond)
+        with torch.no_grad():
             line |= exam.mark(made)
+            line |= diagnose(trainer) | {"contrast": contrast(made, exam.teacher)}
             if len(trainer.data.shape) == 1:
                 line["modes"] = modes_found(made)
             if trainer.ranks.first and (iteration % report.grid == 0 or last):
                 draw(folder / "grids" / f"{iteration:08d}.png", made, exam)
         best = min(best, (line["main"], iteration))
+    wrong = watch(line)
+    if wrong:
+        line["warnings"] = wrong
     if trainer.ranks.first:
+        for words in wrong:
+            warnings.warn(f"iteration {iteration}: {words}", stacklevel=2)
         _log(folder, line)
         for sink in sinks:
             sink(line)

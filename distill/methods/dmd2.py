@@ -132,4 +132,9 @@ def gan_critic_loss(
             batch.draws.normal("user", batch.shape),
             real,
         )
-    return loss, {"logit_real": real.detach().mean(), "logit_fake": fake.detach().mean()}
+    right = torch.cat([real.detach() > 0, fake.detach() < 0]).float().mean()
+    return loss, {
+        "logit_real": real.detach().mean(),
+        "logit_fake": fake.detach().mean(),
+        "gan_accuracy": right,
+    }

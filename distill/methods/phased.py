@@ -20,7 +20,7 @@ from torch import nn
 from ...models.denoiser import Denoiser
 from ...samplers import ddim, grids, init, step
 from ..levels import Times, time_at
-from ..losses import phased_critic_loss, phased_gradient, phased_kernel, surrogate
+from ..losses import phased_critic_loss, phased_gradient, phased_kernel, phased_target, surrogate, x0_weight
 from ..players import Batch, Players
 from ..student import Student
 from .dmd2 import Numbers
@@ -115,6 +115,18 @@ class PhasedDMD:
             "gradient": gradient.square().mean().sqrt(),
             "gap": (fake - real).abs().mean(),
         }
+
+    def examined(self, players: Players, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """(critic's estimate, teacher's, target, weights) of x0 on fresh x_s, for the diagnostics."""
+        x_s = self.rollout(players.student, batch)
+        t, eps, x_t, levels = self._noised(players, batch, x_s)
+        target = phased_target("x0", x_s, eps, *levels)
+        _, v = phased_kernel(*levels)
+        alpha, sigma = levels[:2]
+        # near s the target's variance grows as 1 / v, and so its weight falls
+        weight = x0_weight("edm", alpha, sigma, players.teacher.sigma_data) * v / sigma**2
+        real = players.real(x_t, t, batch, self.guidance)
+        return players.critic(x_t, t, **batch.cond), real, target, weight
 
     def critic_loss(self, players: Players, batch: Batch) -> tuple[torch.Tensor, Numbers]:
         """See the module."""
