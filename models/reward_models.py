@@ -6,7 +6,8 @@ Nothing is downloaded and nothing is unpickled without being told to. Each is a 
     reward = hps("hps-v2.1-hf", "a photo of a fox")                        (2306.09341; its CLIP in transformers' form)
     reward = image_reward("ImageReward", "a photo of a fox", allow_pickle=True)   (2304.05977; needs image-reward)
 
-The first two are differentiable in the image, and so is the third's own forward on tensors.
+All three are differentiable in the image. What their authors' code does to images in 8 bits (bicubic to 224 pixels on
+the shorter side, the centre cut, CLIP's mean and standard deviation) is done in floating point here.
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ def clip_score(folder: str | os.PathLike, prompt: str, device: Any = None, scale
     except ImportError as error:
         raise ImportError(f"rewards by CLIP need transformers ({error}): pip install transformers") from error
     net = CLIPModel.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False).to(device)
-    tokens = AutoTokenizer.from_pretrained(folder, local_files_only=True)(
-        [prompt], truncation=True, padding=True, return_tensors="pt"
-    )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        # transformers 5 would make an empty one
+        raise FileNotFoundError(
+            f"folder must hold the CLIP's tokenizer, too, and {folder} does not: save that of the CLIP which was tuned "
+            "into it, of PickScore and HPS laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    longest = net.config.text_config.max_position_embeddings
+    tokens = tokenizer([prompt], truncation=True, max_length=longest, padding=True, return_tensors="pt")
     with torch.no_grad():
         text = _features(net.get_text_features(**tokens.to(net.device)))
     size = net.config.vision_config.image_size
@@ -78,8 +85,8 @@ def clip_pixels(images: torch.Tensor, size: int) -> torch.Tensor:
     images = images.expand(-1, 3, -1, -1)
     height, width = images.shape[-2:]
     shorter = min(height, width)
-    target = (max(size, round(height * size / shorter)), max(size, round(width * size / shorter)))
-    images = torch.nn.functional.interpolate(images, target, mode="bicubic", antialias=True)
+    target = (height * size // shorter, width * size // shorter)
+    images = torch.nn.functional.interpolate(images, target, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     images = images[..., top : top + size, left : left + size]
     mean, std = (images.new_tensor(v).reshape(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -92,6 +99,7 @@ def image_reward(
     """ImageReward (2304.05977) by its own package, from a folder with ``ImageReward.pt`` and ``med_config.json``.
 
     Its weights are a pickle, which can run anything when it is opened: ``allow_pickle=True`` says that you trust it.
+    Its text encoder's tokenizer, bert-base-uncased, is asked for by that name: it must be in transformers' cache.
     """
     folder = _folder(folder, "ImageReward.pt and med_config.json")
     missing = [name for name in ("ImageReward.pt", "med_config.json") if not (folder / name).is_file()]
@@ -105,12 +113,21 @@ def image_reward(
         )
     try:
         import ImageReward  # pyrefly: ignore[missing-import]
+        from transformers import BertTokenizer
     except ImportError as error:
         raise ImportError(
-            f"image_reward needs its authors' package ({error}): pip install image-reward"
+            f"image_reward needs its authors' package ({error}): pip install image-reward, which was written for "
+            "transformers 4"
+        ) from error
+    try:
+        BertTokenizer.from_pretrained("bert-base-uncased", local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            "image_reward needs the tokenizer bert-base-uncased in transformers' cache, and nothing is downloaded here "
+            f"({error})"
         ) from error
     net = ImageReward.load(str(folder / "ImageReward.pt"), device=str(device or "cpu"),
-                           med_config=str(folder / "med_config.json"))  # fmt: skip
+                           med_config=str(folder / "med_config.json")).requires_grad_(False)  # fmt: skip
     tokens = net.blip.tokenizer(
         prompt, padding="max_length", truncation=True, max_length=35, return_tensors="pt"
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -147,3 +150,89 @@ def test_pixels_are_what_the_processor_makes_of_them():
     assert (
         ours.shape == theirs.shape and (ours - theirs).abs().mean() < 0.02
     )  # theirs rounds to 8 bits on the way
+
+
+def test_other_proportions_are_cut_as_the_processor_cuts_them():
+    """45 x 34 to 16 on the shorter side: 21.18 rows become 21, of which the middle 16 begin at row 2."""
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    pixels = torch.rand(45, 34, 3, generator=torch.Generator().manual_seed(0)).mul(255).round().byte()
+    theirs = processor(images=pixels.numpy(), return_tensors="pt").pixel_values
+    ours = clip_pixels(pixels.permute(2, 0, 1)[None] / 127.5 - 1, 16)
+    assert ours.shape == theirs.shape and (ours - theirs).abs().max() < 0.05
+    # nothing beyond black and white, as of 8 bits
+    hard = clip_pixels(torch.sign(torch.rand(1, 3, 50, 50) - 0.5), 40)
+    black = clip_pixels(-torch.ones(1, 3, 50, 50), 40)
+    assert (hard >= black - 1e-6).all()
+
+
+def test_long_prompts_are_cut_and_a_folder_without_a_tokenizer_is_named(clip_folder, tmp_path):
+    images = torch.zeros(1, 3, 16, 16)
+    long = clip_score(clip_folder, "a b c " * 40)(images)
+    assert torch.isfinite(long).all() and torch.equal(long, clip_score(clip_folder, "a b c " * 50)(images))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match="must hold the CLIP's tokenizer"):
+        clip_score(tmp_path, "a fo")
+
+
+class Tokens(dict):
+    """What a tokenizer answers."""
+
+    __getattr__ = dict.__getitem__
+
+    def to(self, device):
+        return self
+
+
+def stand_in(told):
+    """The part of the package ImageReward 1.5 that is called, with its names, orders and shapes."""
+
+    def tokenizer(prompt, padding, truncation, max_length, return_tensors):
+        told["tokens"] = (prompt, padding, truncation, max_length, return_tensors)
+        ids = torch.zeros(1, max_length, dtype=torch.long)
+        return Tokens(input_ids=ids + len(prompt), attention_mask=ids + 1)
+
+    class Net(torch.nn.Module):
+        def __init__(self, device):
+            super().__init__()
+            self.device, self.blip = device, types.SimpleNamespace(tokenizer=tokenizer)
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def score_gard(self, prompt_ids, prompt_attention_mask, image):
+            assert prompt_ids.shape == prompt_attention_mask.shape == (len(image), 35)
+            assert image.shape[1:] == (3, 224, 224)
+            return (self.weight * image.mean((1, 2, 3)) * prompt_ids[:, 0])[:, None]
+
+    def load(name="ImageReward-v1.0", device="cpu", download_root=None, med_config=None):
+        told["load"] = (name, device, download_root, med_config)
+        return Net(device).eval()
+
+    return types.SimpleNamespace(load=load)
+
+
+def test_image_reward_speaks_to_its_package(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    told = {}
+    for name in ("ImageReward.pt", "med_config.json"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setitem(sys.modules, "ImageReward", stand_in(told))
+
+    def missing(*_, **options):
+        assert options == {"local_files_only": True}
+        raise OSError("not in the cache")
+
+    monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", missing)
+    with pytest.raises(FileNotFoundError, match="bert-base-uncased in transformers' cache"):
+        image_reward(tmp_path, "a fox", allow_pickle=True)
+    monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", lambda *_, **__: None)
+    reward = checked(image_reward(tmp_path, "a fox", allow_pickle=True))
+    assert told["load"] == (str(tmp_path / "ImageReward.pt"), "cpu", None, str(tmp_path / "med_config.json"))
+    assert told["tokens"] == ("a fox", "max_length", True, 35, "pt")
+    images = torch.stack([torch.full((3, 40, 60), v) for v in (-1.0, 0.0, 1.0)]).requires_grad_()
+    scores = reward(images)
+    assert scores.shape == (3,) and (scores.diff() > 0).all()
+    (slope,) = torch.autograd.grad(scores.sum(), images)
+    assert slope.abs().sum() > 0
