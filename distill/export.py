@@ -3,15 +3,17 @@
     fewstep export runs/dmd2-digits student/
     DiffusionPipeline.from_pretrained("student/")(num_inference_steps=1, ...)        # the call stands in its README.md
 
-A scheduler of diffusers has a grid of its own, so a student fits where its times are on that grid:
+A scheduler of diffusers has a grid of its own, so a student fits where its times can be put on that grid:
 
-    EDM, one call            ConsistencyModelPipeline + CMStochasticIterativeScheduler with sigma_min = 0
+    EDM                      ConsistencyModelPipeline + CMStochasticIterativeScheduler with sigma_min = 0
     VP with classes          ConsistencyModelPipeline + LCMScheduler, betas made to hit the student's alphas
     VP without               DDPMPipeline + LCMScheduler
-    flow without classes     DDPMPipeline + FlowMatchEulerDiscreteScheduler, stochastic
+    flow without classes     DDPMPipeline + FlowMatchEulerDiscreteScheduler, stochastic or not
+    flow with classes        one call: ConsistencyModelPipeline, the change of scale in the first and the last weights
 
-With one call the network sees one time, which is written into its weights (``bake_time``), so its clock need not be
-diffusers'. Everything else stays what it is, a checkpoint of ours with a table: ``fewstep sample`` runs it.
+The network sees as many times as there are calls. What they are to it, with the gap of an average velocity, is written
+into the weights of its time embedding (``bake_times``), so its clock need not be diffusers'. Everything else stays what
+it is, a checkpoint of ours with a table: ``fewstep sample`` runs it.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ import torch
 
 from ..eval.files import written_aside
 from ..models.denoiser import Denoiser
+from ..models.jumps import Jumps
 from ..models.unet import UNet, time_features
 from .card import model_card
 from .student import Student
 
 TRAIN_STEPS = 1000
+FINE_STEPS = 1_000_000  # of a grid on which any time lies to 1e-5 of itself
 
 
 class Stock(NamedTuple):
@@ -51,33 +55,38 @@ def stock(student: Student) -> Stock:
         raise NoStockPipeline(
             f"its network is a {type(d.net).__name__}, and only a U-Net is diffusers' as it stands"
         )
-    if student.table.options.get("gamma", 1.0) != 1.0 and len(times) > 1:
+    fresh = student.table.options.get("gamma", 1.0) == 1.0 or len(times) == 1
+    if d.path.name == "flow":
+        return _flow(d, times, fresh)
+    if not fresh:
         raise NoStockPipeline(
             "it keeps its noise between steps (sampler: ode); stock few-step schedulers draw fresh"
         )
-    if d.path.name == "edm":
-        return _edm(d, times)
-    if d.path.name.startswith("vp"):
-        return _vp(d, times)
-    return _flow(d, times)
+    return _edm(d, times) if d.path.name == "edm" else _vp(d, times)
 
 
 def _edm(d: Denoiser, times: list[float]) -> Stock:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-    if len(times) != 1:
-        raise NoStockPipeline(f"it makes {len(times)} calls: of EDM students only those of one call fit")
     if d.precond != "edm":
         raise NoStockPipeline(f"it predicts {d.predicts} on the EDM path without EDM's preconditioning")
+    total = 40 if len(times) == 1 else FINE_STEPS
     scheduler = CMStochasticIterativeScheduler(
-        num_train_timesteps=40,
+        num_train_timesteps=total,
         sigma_min=0.0,
         sigma_max=times[0],
         sigma_data=d.sigma_data,
         clip_denoised=False,
     )
-    unet = bake_time(d, times[0])
-    return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), {"num_inference_steps": 1})
+    if len(times) == 1:
+        arguments: dict[str, Any] = {"num_inference_steps": 1}
+    else:  # sigma = sigma_max (1 - place / (total - 1))^rho
+        shares = 1 - (np.asarray(times) / times[0]) ** (1 / scheduler.config.rho)
+        places = np.rint(shares * (total - 1)).astype(int).tolist()
+        arguments = {"num_inference_steps": None, "timesteps": places[::-1]}
+    scheduler.set_timesteps(**arguments)
+    unet = bake_times(d, times, scheduler.timesteps.tolist())
+    return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), arguments)
 
 
 def _vp(d: Denoiser, times: list[float]) -> Stock:
@@ -102,34 +111,48 @@ def _vp(d: Denoiser, times: list[float]) -> Stock:
     return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), arguments)
 
 
-def _flow(d: Denoiser, times: list[float]) -> Stock:
+def _flow(d: Denoiser, times: list[float], fresh: bool) -> Stock:
     from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler
 
     if d.predicts != "flow":
         raise NoStockPipeline(
             f"it predicts {d.predicts} on a flow path, and FlowMatchEuler knows velocities only"
         )
-    if d.net.null_label is not None:
-        raise NoStockPipeline("it is a class-conditional flow over pixels, which no pipeline of diffusers is")
     calls = len(times)
+    if d.net.null_label is not None:
+        if times == [1.0]:
+            return _flow_at_once(d)
+        raise NoStockPipeline(
+            f"it is a class-conditional flow over pixels of {calls} calls, which no pipeline of diffusers is"
+        )
     own = [1 - k / calls for k in range(calls)]
     if not np.allclose(times, own, atol=1e-6):
         raise NoStockPipeline(f"its times {times} are not FlowMatchEuler's {own}")
     options = {} if calls == 1 else {"shift_terminal": 1 / calls}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True, **options)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=fresh, **options)
     unet = _on_clock(d, times, [TRAIN_STEPS * t for t in times])
     return Stock(DDPMPipeline(unet=unet, scheduler=scheduler), {"num_inference_steps": calls})
 
 
+def _flow_at_once(d: Denoiser) -> Stock:
+    """x0 = x - u as the consistency step c_skip (sigma x) + c_out F(c_in sigma x): with sigma = sigma_data = 2, c_skip
+    sigma is 1, and c_in sigma and c_out are powers of sqrt(2), which the first and the last layer take up."""
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=40, sigma_min=0.0, sigma_max=2.0, sigma_data=2.0, clip_denoised=False
+    )
+    unet = bake_times(d, [1.0], [0.0])
+    with torch.no_grad():
+        unet.conv_in.weight.mul_(2**0.5)
+        for p in unet.conv_out.parameters():
+            p.mul_(-(0.5**0.5))
+    return Stock(ConsistencyModelPipeline(unet=unet, scheduler=scheduler), {"num_inference_steps": 1})
+
+
 def _on_clock(d: Denoiser, times: list[float], asked: Sequence[float]):
-    if len(times) == 1:
-        return bake_time(d, times[0])
-    own = [clock(d, t) for t in times]
-    if not np.allclose(own, asked, atol=1e-3):
-        raise NoStockPipeline(
-            f"its network counts time as {np.round(own, 3).tolist()} and the scheduler as {list(asked)}: train it "
-            "at student.times that agree"
-        )
+    if isinstance(d, Jumps) or not np.allclose([clock(d, t) for t in times], asked, atol=1e-3):
+        return bake_times(d, times, asked)
     return d.net.to_diffusers().eval()
 
 
@@ -138,16 +161,40 @@ def clock(d: Denoiser, t: float) -> float:
     return float(d._network_time(torch.zeros(1, *d.shape), t)[0])
 
 
-def bake_time(d: Denoiser, t: float):
-    """d's network as a ``UNet2DModel`` that answers as at time t, whatever time it is told."""
-    twin = d.net.to_diffusers().eval()
-    config, linear = d.net.config, twin.time_embedding.linear_1
-    features = time_features(
-        torch.tensor([clock(d, t)]), config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift
+@torch.no_grad()
+def bake_times(d: Denoiser, times: Sequence[float], asked: Sequence[float]):
+    """d's network as a ``UNet2DModel`` that answers as at ``times`` when it is told ``asked``, whatever its own clock.
+
+    The last layer of the time's MLP is replaced by the affine map that takes what the first makes of ``asked`` to the
+    embeddings of ``times``: a constant for one time, and exact for fewer than the layer is wide.
+    """
+    net, config = d.net, d.net.config
+    single = UNet({**config.to_dict(), "second_time": False}).to(next(net.parameters()).device)
+    single.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("gap_embedding.")})
+    twin = single.to_diffusers().eval()
+
+    def features(tau: Sequence[float]) -> torch.Tensor:
+        values = torch.tensor(tau, device=net.conv_in.weight.device)
+        return time_features(values, config.block_out_channels[0], config.flip_sin_to_cos, config.freq_shift)
+
+    wanted = net.time_embedding(features([clock(d, t) for t in times]))
+    if isinstance(d, Jumps):
+        wanted = wanted + net.gap_embedding(d.gap(wanted, torch.tensor(times)))
+    first, last = twin.time_embedding.linear_1, twin.time_embedding.linear_2
+    hidden = torch.nn.functional.silu(first(features(asked))).double()
+    wanted = wanted.double()
+    weight = (
+        torch.linalg.lstsq(hidden[1:] - hidden[:1], wanted[1:] - wanted[:1], driver="gelsd").solution.T
+        if len(times) > 1
+        else torch.zeros_like(last.weight)
     )
-    with torch.no_grad():
-        linear.bias.copy_(linear(features.to(linear.weight))[0])
-        linear.weight.zero_()
+    last.weight.copy_(weight)
+    last.bias.copy_(wanted[0] - last.weight.double() @ hidden[0])
+    off = float((last(hidden.float()) - wanted).abs().max() / wanted.abs().max())
+    if off > 1e-4:
+        raise NoStockPipeline(
+            f"its {len(times)} times cannot be told apart by diffusers' clock {list(asked)}"
+        )
     return twin
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.distill.export import NoStockPipeline, bake_time, clock, main, save, stock
+from fewstep.distill.export import NoStockPipeline, bake_times, clock, main, save, stock
+from fewstep.distill.methods.meanflow import mean_flow_student
 from fewstep.distill.methods.phased import phased_student
 from fewstep.distill.run import run
 from fewstep.distill.student import few_steps
@@ -30,9 +31,21 @@ def a_net(path, predicts, classes=None, **more):
     return build(config)
 
 
+def jumps(classes, steps=1):
+    student = mean_flow_student(a_net("flow", "flow", classes, time_scale=3.0), steps)
+    torch.nn.init.normal_(student.d.net.gap_embedding.linear_2.weight)
+    return student
+
+
 STUDENTS = {
     "edm one step": lambda: few_steps(a_net("edm", "x0", 11, precond="edm", sigma_data=0.7)),
     "embedded edm": lambda: few_steps(load("digits-edm"), t_max=40.0),
+    "edm three steps": lambda: few_steps(a_net("edm", "x0", 11, precond="edm", sigma_data=0.7), 3),
+    "vp four steps, any clock": lambda: few_steps(load("digits-vp"), 4),
+    "flow one step, classes": lambda: few_steps(load("digits-flow")),
+    "average velocity, classes": lambda: jumps(11),
+    "average velocity, three steps": lambda: jumps(None, 3),
+    "flow three steps by the ODE": lambda: few_steps(a_net("flow", "flow"), 3, "ode"),
     "vp one step, any clock": lambda: few_steps(a_net("vp_linear", "eps", 11, time_scale=7.0)),
     "vp four steps": lambda: few_steps(a_net("vp_linear", "eps", 11, time_scale=1000.0), 4, times=LCM4),
     "vp v, no classes": lambda: few_steps(
@@ -101,21 +114,26 @@ def test_diffusers_alone_makes_the_same_images_in_as_many_calls(name, exported):
     assert "from_pretrained" in (folder / "student/README.md").read_text()
 
 
-def test_baked_time_is_the_net_at_that_time():
+def test_baked_times_are_the_net_at_those_times():
     d = load("digits-edm")
     x, label = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
-    twin = bake_time(d, 2.5)
-    expected = d.net(x, torch.full((3,), clock(d, 2.5)), label)
-    for told in (0.0, 999.0):
-        torch.testing.assert_close(twin(x, told, class_labels=label).sample, expected, rtol=1e-5, atol=1e-5)
+    for times, asked in (([2.5], [999.0]), ([60.0, 2.5, 0.3], [999.0, 500.0, 7.0])):
+        twin = bake_times(d, times, asked)
+        for t, told in zip(times, asked, strict=True):
+            expected = d.net(x, torch.full((3,), clock(d, t)), label)
+            torch.testing.assert_close(
+                twin(x, told, class_labels=label).sample, expected, rtol=1e-4, atol=1e-4
+            )
+    with pytest.raises(NoStockPipeline, match="cannot be told apart"):
+        bake_times(d, [60.0, 2.5], [5.0, 5.0])
 
 
 @pytest.mark.parametrize(
     "student, reason",
     [
-        (lambda: few_steps(load("digits-flow")), "class-conditional flow over pixels"),
-        (lambda: few_steps(load("digits-edm"), 2), "only those of one call"),
-        (lambda: few_steps(load("digits-vp"), 4), "counts time as"),
+        (lambda: few_steps(load("digits-flow"), 2), "class-conditional flow over pixels of 2 calls"),
+        (lambda: few_steps(load("digits-edm"), 2, "ode"), "keeps its noise between steps"),
+        (lambda: few_steps(a_net("flow", "flow"), 2, times=[1.0, 0.3]), "are not FlowMatchEuler's"),
         (lambda: few_steps(load("digits-vp"), 4, "ode", LCM4), "keeps its noise between steps"),
         (lambda: phased_student(load("digits-edm"), 4), "its network is a ModuleList"),
     ],
