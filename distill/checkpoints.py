@@ -37,11 +37,47 @@ def save(
     about: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
 ) -> Path:
-    """Write ``state`` (nested dicts of tensors) as ``folder/step-...`` and return its path."""
-    import torch.distributed.checkpoint as dcp
+    """Write ``state`` (nested dicts of tensors) as ``folder/step-...`` and return its path.
 
+    A disk that is full or a folder that cannot be written to is an OSError that says so, and leaves what was there.
+    """
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.writing"
+    try:
+        _write(aside, final, step, state, about, ranks)
+    except BaseException as error:
+        if ranks.first:
+            shutil.rmtree(aside, ignore_errors=True)
+        cause = _of_the_disk(error)
+        if cause is None:
+            raise
+        last = newest(folder)
+        raise OSError(
+            cause.errno,
+            f"{cause.strerror}: {final} was not written. The run stands where its last checkpoint is "
+            f"({'there is none' if last is None else last.name}): make room (report.keep = 1 keeps the last one and "
+            f"the best), and start it again by the same command",
+        ) from error
+    return final
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The OSError that it is, or that torch has wrapped in its own."""
+    failures = getattr(error, "failures", {})
+    inner = [error, *(found[0] for found in failures.values())]
+    return next((e for e in inner if isinstance(e, OSError)), None)
+
+
+def _write(
+    aside: Path,
+    final: Path,
+    step: int,
+    state: Mapping[str, Any],
+    about: Mapping[str, Any] | None,
+    ranks: Ranks,
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
     if ranks.first:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -58,7 +94,6 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
     ranks.wait()
-    return final
 
 
 def load(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,7 @@ def open_student(folder: str | Path) -> tuple[Student, DistillRecipe, dict[str, 
 
 
 def metrics(folder: Path) -> list[dict]:
-    """What the run logged, a line an iteration."""
+    """What the run logged, a line an iteration; a last line that was broken off is left out."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -114,6 +115,32 @@ def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before_it(tmp_path):
     with pytest.warns(UserWarning, match="step-00000004 is passed over: .*distcp is not what was written"):
         tiny(tmp_path / "hurt", "train.iters=6")
     assert weights(folder) == weights(whole)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(tmp_path, monkeypatch):
+    whole = tiny(tmp_path / "whole", "train.iters=6")
+    honest, place = os.fsync, tmp_path / "full/dmd2-mixture/checkpoints"
+
+    def full(handle):
+        if (place / "step-00000002").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        honest(handle)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match="step-00000004 was not written") as said,
+    ):
+        patch.setattr(os, "fsync", full)
+        tiny(tmp_path / "full", "train.iters=6")
+    assert said.value.errno == errno.ENOSPC
+    for words in ("No space left", "its last checkpoint is (step-00000002)", "make room", "same command"):
+        assert words in str(said.value)
+    assert [p.name for p in place.iterdir()] == ["step-00000002"] and checkpoints.trouble(
+        checkpoints.newest(place)
+    ) is None
+    with open(place.parent / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 4, "lo')  # a full disk, or a kill, breaks lines off where it likes
+    assert weights(tiny(tmp_path / "full", "train.iters=6")) == weights(whole)
 
 
 @pytest.mark.parametrize("shard", ["replicate", "fsdp"])
