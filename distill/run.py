@@ -95,12 +95,11 @@ def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
 
     config = folder / "config.yaml"
     if config.is_file():
-        kept = OmegaConf.load(config)
-        changed = differences(OmegaConf.to_container(kept), asdict(recipe))
-        before = OmegaConf.select(kept, "train.iters")
-        if recipe.method.get("phases", 1) > 1 and before != recipe.train.iters:
+        kept = _kept(config)
+        changed = differences(asdict(kept), asdict(recipe))
+        if recipe.method.get("phases", 1) > 1 and kept.train.iters != recipe.train.iters:
             # a phase is a share of the iterations: prolonged, the run would be another from its middle on
-            changed.append(f"train.iters: {before} -> {recipe.train.iters}")
+            changed.append(f"train.iters: {kept.train.iters} -> {recipe.train.iters}")
         if changed:
             raise ValueError(
                 f"{folder} holds a run with another config; give this one another name=, or remove the folder:\n  "
@@ -109,6 +108,17 @@ def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
     if ranks.first:
         write_atomically(config, OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))))
     ranks.wait()
+
+
+def _kept(config: Path) -> DistillRecipe:
+    """The recipe of a run's folder; what its version had no key for is as it is by default."""
+    try:
+        return read(str(config))[0]
+    except ValueError as error:
+        raise ValueError(
+            f"{config} is not of this version of fewstep: {error}. Go on with the version that began the run, or give "
+            "this one another name="
+        ) from error
 
 
 def _backtrack(recipe: DistillRecipe, players: Players, data: Data, folder: Path) -> Backtrack | None:

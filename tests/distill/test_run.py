@@ -173,6 +173,21 @@ def test_another_config_in_the_same_folder_is_refused_with_the_difference(tmp_pa
     assert differences({"out": "a", "report": {"keep": 1}}, {"out": "b", "report": {"keep": 2}}) == []
 
 
+def test_a_folder_of_another_version_is_read_where_it_can_be(tmp_path):
+    whole = tiny(tmp_path / "whole", "train.iters=2")
+    folder = tiny(tmp_path / "old", "train.iters=1")
+    config = folder / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("  bad_limit: 20\n", ""))  # a key that came later, at its default
+    assert "bad_limit" not in config.read_text()
+    assert weights(tiny(tmp_path / "old", "train.iters=2")) == weights(whole)
+    config.write_text(text.replace("bad_limit: 20", "tolerance: 20"))
+    with pytest.raises(
+        ValueError, match="not of this version of fewstep: recipe: Key 'tolerance' not in 'Train'"
+    ):
+        tiny(tmp_path / "old", "train.iters=3")
+
+
 def test_a_run_in_phases_cannot_be_prolonged(tmp_path):
     tiny(tmp_path, "train.iters=2", *METHODS["phased"])
     with pytest.raises(ValueError, match="another config.*\n  train.iters: 2 -> 4"):
