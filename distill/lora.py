@@ -8,7 +8,8 @@ give wrong gradients without an error.) ``requires_grad`` is never used to choos
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from ..models.denoiser import Denoiser
-from ..samplers.adapters import adapted, adapter_layers
+from ..samplers.adapters import adapted, adapter_layers, switched
+from .parallel import whole
 
 STUDENT, CRITIC = "student", "critic"
 
@@ -26,7 +28,6 @@ def share_network(
     rank: int = 16,
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
-    checkpoint: bool = False,
 ) -> tuple[Denoiser, Denoiser, Denoiser, tuple[nn.Module, nn.Module]]:
     """(teacher, student, critic, their adapters' parameters); ``teacher.net`` gets both adapters, 0 at the start."""
     try:
@@ -43,13 +44,16 @@ def share_network(
     if not adapter_layers(teacher.net):
         raise ValueError(f"lora.targets {list(targets)} name no layer of the network")
     teacher.net.requires_grad_(False)
-    own = tuple(nn.ParameterList(adapter_parameters(teacher.net, name)) for name in (STUDENT, CRITIC))
+    own = adapters_of(teacher.net)
     for module in own:
-        module.requires_grad_(True)
+        module.float().requires_grad_(True)
     denoisers = [adapted(teacher, name) for name in (None, STUDENT, CRITIC)]
-    if checkpoint:
-        denoisers[1:] = [recomputing(d) for d in denoisers[1:]]
     return *denoisers, own  # type: ignore[return-value]
+
+
+def adapters_of(net: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The parameters of both adapters, as modules for an optimizer; asked again after the network was sharded."""
+    return tuple(nn.ParameterList(adapter_parameters(net, name)) for name in (STUDENT, CRITIC))  # type: ignore[return-value]
 
 
 def adapter_parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
@@ -58,24 +62,71 @@ def adapter_parameters(net: nn.Module, name: str) -> list[nn.Parameter]:
 
 
 def recomputing(d: Denoiser) -> Denoiser:
-    """``d`` whose activations are thrown away and computed again in the backward pass, by the very same call."""
-    leaf, inner = copy.copy(d), d.call
+    """``d`` whose activations are thrown away and computed again in the backward pass.
 
-    def call(x: torch.Tensor, tau: torch.Tensor, **cond: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return inner(x, tau, **cond)
-        return recomputed(inner, x, tau, use_reentrant=False, **cond)
-
-    leaf.call = call
+    A network of diffusers does so block by block, and each block remembers which adapters were on. Any other does so by
+    the very same call as a whole.
+    """
+    if getattr(d.net, "_supports_gradient_checkpointing", False):
+        d.net.enable_gradient_checkpointing(_recomputed_block(adapter_layers(d.net)))  # type: ignore[union-attr]
+        return d
+    leaf, call = copy.copy(d), d.call
+    if isinstance(call, functools.partial) and call.args[:1] == (d.net,):  # can still be copied
+        leaf.call = functools.partial(_again, d.net, call.func, call.args[1:], call.keywords)
+    else:
+        leaf.call = functools.partial(
+            _again, None, lambda _, *arguments, **cond: call(*arguments, **cond), (), {}
+        )
     return leaf
 
 
-def merged(net: nn.Module, name: str) -> nn.Module:
-    """A copy of the network with one adapter added into its weights and all adapter layers gone."""
-    net = copy.deepcopy(net)
-    for path, module in list(net.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge(adapter_names=[name])
-            parent, _, child = path.rpartition(".")
-            setattr(net.get_submodule(parent), child, module.base_layer)
-    return net
+def _again(
+    net: Any, function: Callable, more: tuple, named: dict, x: torch.Tensor, tau: torch.Tensor, **cond: Any
+):
+    if not torch.is_grad_enabled():
+        return function(net, *more, x, tau, **named, **cond)
+    return recomputed(function, net, *more, x, tau, use_reentrant=False, **named, **cond)
+
+
+def _recomputed_block(layers: Sequence[nn.Module]) -> Callable[..., Any]:
+    def run(block: nn.Module, *arguments: Any, **named: Any) -> Any:
+        on = _on(layers)
+
+        def again(*arguments: Any) -> Any:
+            with switched(layers, on):
+                return block(*arguments, **named)
+
+        return recomputed(again, *arguments, use_reentrant=False)
+
+    return run
+
+
+def _on(layers: Sequence[nn.Module]) -> list[str]:
+    """The adapters that are on: the same in every layer, for ``adapted`` switches all of them."""
+    if not layers or layers[0]._disable_adapters:
+        return []
+    active = layers[0]._active_adapter
+    return [active] if isinstance(active, str) else list(active)  # type: ignore[arg-type]
+
+
+def merged_state(net: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The network's state with one adapter added into its weights and all adapter layers gone; nothing is copied twice.
+
+    Every rank must ask where the network is sharded.
+    """
+    state = {
+        key.replace(".base_layer.", "."): value.detach()
+        for key, value in net.state_dict().items()
+        if not any(part.startswith("lora_") for part in key.split("."))
+    }
+    for path, layer in net.named_modules():
+        if name in getattr(layer, "lora_A", ()):
+            key = f"{path}.weight"
+            down, up = (whole(pair[name].weight.detach()).flatten(1) for pair in (layer.lora_A, layer.lora_B))
+            weight = whole(state[key])
+            if up.shape[0] * down.shape[1] != weight.numel():
+                raise ValueError(f"{path} is a convolution in groups, which LoRA is not merged into")
+            state[key] = (weight.float() + (up @ down).reshape(weight.shape) * layer.scaling[name]).to(
+                weight.dtype
+            )
+    return state

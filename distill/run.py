@@ -23,12 +23,15 @@ import torch
 from ..models.checkpoint import write_atomically
 from . import checkpoints, parallel
 from . import recipe as recipes
-from .cast import cast, networks, open_teacher
-from .data import Data, open_data
+from .cast import cast, networks
+from .data import Data
 from .diagnostics import Watch, contrast, diagnose
 from .disback import Backtrack, record, recorded
+from .lora import adapters_of
+from .opening import check_guidance, open_batches, open_teacher
 from .parallel import Ranks, shard
 from .players import Players
+from .precision import autocast
 from .progress import track
 from .saved import metrics, save_student
 from .schema import DistillRecipe, differences, read
@@ -49,14 +52,18 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
         )
     folder = recipe.folder
     _claim(folder, recipe, ranks)
-    teacher = open_teacher(recipe)
-    data = open_data(recipe.data, teacher)
-    exam = set_exam(teacher, data, recipe.report.exam)
+    teacher = open_teacher(recipe).to(ranks.device)
+    data = open_batches(recipe, teacher, ranks)
+    check_guidance(method, teacher, data)
+    with autocast(recipe.train.precision, ranks.device):
+        exam = set_exam(teacher, data, recipe.report.exam, getattr(method, "guidance", 1.0))
     players = cast(recipe, method, teacher, data)
     back = _backtrack(recipe, players, data, folder)
     players = players if back is None else back.begin(players)
     for net in networks(players):
-        shard(net.to(ranks.device), recipe.shard, ranks)
+        shard(net if recipe.shard == "fsdp" else net.to(ranks.device), recipe.shard, ranks)
+    if players.adapters is not None:  # sharding has put others in their place
+        players = players._replace(adapters=adapters_of(players.teacher.net))
     found = checkpoints.newest(folder / "checkpoints")
     fresh_critic = players.critic.copy() if getattr(method, "phases", 1) > 1 else None
     method.phase = _phase(method, recipe, _step(found))
@@ -175,8 +182,8 @@ def _report(
     last = iteration == trainer.recipe.train.iters
     line: dict[str, Any] = {"iteration": iteration, **numbers, "bad": trainer.bad}
     if iteration % report.validate == 0 or last:
-        with trainer.averaged():
-            made = trainer.players.student.sample(exam.noise, exam.cond)
+        with trainer.averaged(), autocast(trainer.recipe.train.precision, trainer.ranks.device):
+            made = exam.sat(trainer.players.student)
         with torch.no_grad():
             line |= exam.mark(made)
             line |= diagnose(trainer) | {"contrast": contrast(made, exam.teacher)}
@@ -241,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dry_run(source: str, overrides: Sequence[str]) -> int:
     recipe, method = read(source, overrides)
     teacher = open_teacher(recipe)
-    data = open_data(recipe.data, teacher)
+    data = open_batches(recipe, teacher)
+    check_guidance(method, teacher, data)
     players = cast(recipe, method, teacher, data)
     trainer = Trainer(recipe, method, players, data)
     numbers = trainer.turn()

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..models import checkpoint
-from ..models.load import build
+from ..models.latent_codec import LatentCodec
+from ..models.load import build, restore
 from ..samplers import Table
-from .lora import STUDENT, merged
+from .lora import STUDENT, merged_state
 from .methods.phased import Experts
 from .parallel import whole
 from .schema import DistillRecipe, read
@@ -21,10 +22,14 @@ def save_student(trainer: Trainer, folder: Path) -> None:
     """Write the averaged student of a run; every rank must ask."""
     student: Student = trainer.players.student
     with trainer.averaged():
-        net = student.d.net if trainer.players.adapters is None else merged(student.d.net, STUDENT)
-        tensors = {k: whole(v.detach()).clone() for k, v in net.state_dict().items()}
+        net = student.d.net
+        state = net.state_dict() if trainer.players.adapters is None else merged_state(net, STUDENT)
+        parts = ((k, whole(v.detach())) for k, v in state.items())
+        tensors = {k: v.to("cpu", copy=True) for k, v in parts if trainer.ranks.first}
     if not trainer.ranks.first:
         return
+    if isinstance(trainer.players.teacher.codec, LatentCodec):
+        tensors |= trainer.players.teacher.codec.tensors()  # it decodes wherever it is taken
     experts = getattr(student.d, "experts", None)
     config = student.d.config if experts is None else experts[0].config
     meta = {
@@ -50,7 +55,7 @@ def open_student(folder: str | Path) -> tuple[Student, DistillRecipe, dict[str, 
     ends = meta.get("ends", [None])
     made = [build(meta["config"]) for _ in ends]
     d = made[0] if meta["kind"] == "denoiser" else Experts(made, ends)
-    d.net.load_state_dict(tensors)
+    restore(d, tensors)
     d.net.eval().requires_grad_(False)
     numbers = next((line for line in reversed(metrics(folder)) if "main" in line), {})
     return Student(d, Table.load(folder / "table.json")), read(meta["training"])[0], numbers

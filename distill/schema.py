@@ -12,14 +12,22 @@ from .data import DataRecipe
 from .disback import DisBackRecipe
 from .methods import METHODS
 from .methods.presets import with_preset
+from .prompts import PromptsRecipe
 
 
 @dataclass
 class TeacherChoice:
-    """``path``: what ``load`` takes, or ``mixture``: an exact one, on ``on_path`` (edm, vp_linear, flow)."""
+    """``path``: what ``load`` takes, or ``mixture``: an exact one, on ``on_path`` (edm, vp_linear, flow).
+
+    Of a pipeline: ``height`` and ``width`` in pixels where they are not its own; ``dtype``: what the frozen network is
+    held in (fp32, bf16, fp16; student and critic are float32 whatever it is).
+    """
 
     path: str = "digits-edm"
     on_path: str = "edm"
+    height: int | None = None
+    width: int | None = None
+    dtype: str = "fp32"
 
 
 @dataclass
@@ -42,14 +50,12 @@ class StudentRecipe:
 class LoraRecipe:
     """Student and critic as adapters of ``rank`` on the teacher's one frozen network (0: networks of their own).
 
-    ``targets``: suffixes of the names of the layers that get them (default: every linear layer and convolution);
-    ``checkpoint``: recompute the forward in the backward pass, and keep no activations.
+    ``targets``: suffixes of the names of the layers that get them (default: every linear layer and convolution).
     """
 
     rank: int = 0
     alpha: float | None = None
     targets: list[str] | None = None
-    checkpoint: bool = False
 
 
 @dataclass
@@ -69,7 +75,8 @@ class Train:
     """``iters`` student updates, ``critic_steps`` of the critic before each; ``ema`` counts student updates.
 
     ``accumulate``: parts that a batch is cut into; ``precision``: fp32 or bf16 (autocast over float32 weights).
-    ``bad_limit``: so many non-finite losses are skipped and counted, then the run stops.
+    ``checkpoint``: recompute activations in the backward pass instead of keeping them, block by block where a network
+    of diffusers offers it. ``bad_limit``: so many non-finite losses are skipped and counted, then the run stops.
     """
 
     iters: int = 200
@@ -77,6 +84,7 @@ class Train:
     critic_steps: int = 5
     accumulate: int = 1
     precision: str = "fp32"
+    checkpoint: bool = False
     ema: float = 0.99
     bad_limit: int = 20
 
@@ -108,6 +116,7 @@ class DistillRecipe:
     method: dict[str, Any] = field(default_factory=lambda: {"name": "dmd2"})
     disback: DisBackRecipe = field(default_factory=DisBackRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
+    prompts: PromptsRecipe = field(default_factory=PromptsRecipe)
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     report: Report = field(default_factory=Report)

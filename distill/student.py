@@ -93,8 +93,8 @@ def few_steps(
 def from_unit_noise(table: Table) -> Table:
     """The table with an opening that leaves noise as it is, not sigma(t_0) of it: DMD2's, and every VP pipeline's.
 
-    Where alpha(t_0) is small, as it is at Stable Diffusion's last time, 0.068, x0 = (x - sigma eps) / alpha makes much of
-    the 0.2 % between the two.
+    Where alpha(t_0) is small, 0.068 at Stable Diffusion's last time, x0 = (x - sigma eps) / alpha makes much of the
+    0.2 % between the two.
     """
     opening = table.a.copy()
     opening[0] /= table.sigma[0].reshape(-1, 1, 1)

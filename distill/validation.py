@@ -17,20 +17,34 @@ from ..eval.frechet import frechet_distance
 from ..eval.kid import kernel_distance
 from ..eval.mmd import rbf_mmd
 from ..eval.sliced import sliced_wasserstein
-from ..models.denoiser import Denoiser
-from ..samplers import abm, grids, sample
+from ..models.codec import decode
+from ..models.denoiser import NULL, Denoiser
+from ..samplers import abm, cfg, grids, sample
 from .data import STD, Data, grid_means
 from .draws import Draws
+from .student import Student
 
 
 class Exam(NamedTuple):
-    """The held-out noise and conditions of a run, what the teacher makes of them, and how samples are compared."""
+    """The held-out noise and conditions of a run, what the teacher makes of them, and how samples are compared.
+
+    Samples are made ``size`` at once; ``noise`` and ``cond`` are where the networks are, samples on the CPU. ``decode``
+    makes pictures of them.
+    """
 
     noise: torch.Tensor
     cond: Mapping[str, Any]
     teacher: torch.Tensor
     real: torch.Tensor | None
     compare: Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
+    size: int
+    decode: Callable[[torch.Tensor], torch.Tensor]
+
+    def sat(self, student: Student) -> torch.Tensor:
+        """The student's samples."""
+        return _in_pieces(
+            lambda x, cond, ids: student.sample(x, cond, ids=ids), self.noise, self.cond, self.size
+        )
 
     def mark(self, x: torch.Tensor) -> dict[str, float]:
         """Distances of samples to the teacher's and to real ones; ``main`` is the one that runs are chosen by."""
@@ -41,21 +55,55 @@ class Exam(NamedTuple):
         return {"main": next(iter(to_teacher.values())), **numbers}
 
 
-def set_exam(teacher: Denoiser, data: Data, count: int = 1000, seed: int = 10_007, calls: int = 40) -> Exam:
-    """``count`` held-out starts; the teacher answers with ``calls`` calls of the solver that we recommend."""
-    draws = Draws(seed, 0, 0, count, count)
-    batch = data.batch(draws)
-    noise = draws.normal("start", data.shape)
+def set_exam(
+    teacher: Denoiser,
+    data: Data,
+    count: int = 1000,
+    guidance: float = 1.0,
+    seed: int = 10_007,
+    calls: int = 40,
+) -> Exam:
+    """``count`` held-out starts; the teacher answers with ``calls`` calls, guided, of the solver that we recommend."""
+    net = teacher.net
+    device = torch.device("cpu") if net is None else next(net.parameters()).device
+    batch = data.batch(Draws(seed, 0, 0, count, count, device))
+    noise = batch.draws.normal("start", data.shape)
     table = abm(teacher.path, grids.vp(teacher.path, calls))
+    guided, cond = teacher if guidance == 1 else cfg(teacher, guidance), dict(batch.cond)
+    if guidance != 1 and teacher.codec is not None:
+        cond[NULL] = batch.null
     with torch.no_grad():
-        made = torch.cat(
-            [
-                sample(teacher, noise[part], table, cond={k: v[part] for k, v in batch.cond.items()})
-                for part in torch.arange(count).split(500)
-            ]
+        made = _in_pieces(
+            lambda x, cond, ids: sample(guided, x, table, cond=cond),
+            noise,
+            cond,
+            500 if teacher.codec is None else 8,
         )
-    compare = compare_points if len(data.shape) == 1 else images_by(features_for(data.shape))
-    return Exam(noise, batch.cond, made, batch.real, compare)
+    if teacher.codec is not None:  # latents have no bounds
+        compare, size = images_by(lambda x: x.flatten(1), bounded=False), 8
+    else:
+        compare, size = images_by(features_for(data.shape)) if len(data.shape) > 1 else compare_points, count
+    real = None if batch.real is None else batch.real.cpu()
+    return Exam(noise, batch.cond, made, real, compare, size, lambda x: decode(teacher, x.to(device)).cpu())
+
+
+def _in_pieces(
+    make: Callable[[torch.Tensor, Mapping[str, Any], torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    cond: Mapping[str, Any],
+    size: int,
+) -> torch.Tensor:
+    places = torch.arange(len(noise), device=noise.device)
+    return torch.cat(
+        [make(noise[part], _rows(cond, part, len(noise)), part).cpu() for part in places.split(size)]
+    )
+
+
+def _rows(value: Any, part: torch.Tensor, count: int) -> Any:
+    """A condition's rows; what has one row for all keeps it."""
+    if isinstance(value, Mapping):
+        return {key: _rows(inner, part, count) for key, inner in value.items()}
+    return value[part] if isinstance(value, torch.Tensor) and value.ndim and len(value) == count else value
 
 
 def features_for(shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -67,11 +115,11 @@ def features_for(shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tenso
     return lambda x: x.flatten(1)
 
 
-def images_by(features: Callable[[torch.Tensor], torch.Tensor]):
-    """FD and unbiased KID of features of images in [-1, 1]."""
+def images_by(features: Callable[[torch.Tensor], torch.Tensor], bounded: bool = True):
+    """FD and unbiased KID of features of images in [-1, 1], or of what has no bounds."""
 
     def compare(x: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-        a, b = features(x.clamp(-1, 1)), features(reference.clamp(-1, 1))
+        a, b = (features(images.clamp(-1, 1) if bounded else images) for images in (x, reference))
         return {"fd": frechet_distance(a, b), "kid": kernel_distance(a, b).value}
 
     return compare
@@ -102,7 +150,8 @@ def draw(path: str | os.PathLike, made: torch.Tensor, exam: Exam, rows: int = 10
 
     if made.ndim == 2:
         return _scatter(path, made, exam)
-    both = torch.cat([exam.teacher[:rows], made[:rows]])
+    both = torch.cat([exam.decode(x[:rows]) for x in (exam.teacher, made)])
+    both = both[:, :, 0] if both.ndim == 5 else both  # of a video its first frame
     grid = images.grid(images.to_uint8(both), columns=rows, scale=max(1, 48 // both.shape[-1]))
     images.save_png(Path(path), grid)
 

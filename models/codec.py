@@ -101,6 +101,7 @@ class Codec:
         guidance: the scale that the pipeline guides by where nothing is said.
         distilled: that scale is a number which the network is told, ``embed("a fox", guidance_scale=3.5)``, not cfg's.
         pipe: whose autoencoder and text encoders these are: ``to`` moves all of it.
+        size: what of the pipeline's own size was chosen when it was loaded, by its own keywords.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ class Codec:
         guidance: float = 1.0,
         distilled: bool = False,
         pipe: Any = None,
+        size: Mapping[str, int] | None = None,
     ):
+        self.size = dict(size or {})
         self.vae, self.grid, self.batch, self.null, self.pipe = vae, grid, batch, null, pipe
         self.guidance, self.distilled = guidance, distilled
         self._embed = embed

@@ -166,7 +166,7 @@ def load_pipeline(pipe: Any, **size: int | None) -> Denoiser:
     d = denoiser_of(pipe, asked)
     d.codec = codec_of(pipe, asked, embed)
     if d.codec is not None:
-        d.codec.distilled = distilled
+        d.codec.size, d.codec.distilled = fixed, distilled
         d.codec.guidance = float(takes[scale].default) if scale in takes else 1.0
     return d
 
