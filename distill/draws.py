@@ -66,14 +66,15 @@ class Draws(NamedTuple):
 
     def stratified(self, purpose: str) -> torch.Tensor:
         """Uniforms of which each n-th part of (0, 1) has one, over the global batch of n, in no order."""
-        places = torch.argsort(
-            noise.uniform(self.seed, torch.arange(self.total), 2, self.turn, stream(purpose))[:, 1]
-        )
-        mine = places.argsort()[self.first : self.first + self.count].to(self.device)
-        return (mine + self.uniform(purpose)) / self.total
+        drawn = noise.uniform(self.seed, torch.arange(self.total), 2, self.turn, stream(purpose))
+        places = drawn[:, 1].argsort().argsort()
+        mine = slice(self.first, self.first + self.count)
+        return ((places[mine] + drawn[mine, 0]) / self.total).to(self.device)
 
     def choice(self, purpose: str, n: int) -> int:
         """One of 0 .. n - 1, the same on every rank."""
+        if n == 1:
+            return 0
         everyone = noise.uniform(self.seed, torch.tensor([2**32 - 1]), 1, self.turn, stream(purpose))
         return min(n - 1, int(float(everyone) * n))
 

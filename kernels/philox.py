@@ -31,7 +31,10 @@ BLOCK = 512  # draws a program: four normals each
 def philox(
     counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor | int, torch.Tensor | int]
 ) -> tuple[torch.Tensor, ...]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words and broadcast against one another."""
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words and broadcast against one another.
+
+    The key is left to grow beyond 32 bits from round to round: all that is read of it is masked with the counter.
+    """
     k0, k1 = key
     shape = torch.broadcast_shapes(*(v.shape for v in (*counter, *key) if isinstance(v, torch.Tensor)))
     c0, c1, c2, c3 = (c.expand(shape) for c in counter)
@@ -41,7 +44,7 @@ def philox(
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
         c1, c3 = p1.bitwise_and_(WORD), p0.bitwise_and_(WORD)
-        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
     return c0, c1, c2, c3
 
 
