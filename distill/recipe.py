@@ -58,7 +58,7 @@ def read(
 ) -> Recipe:
     """Defaults of ``schema``, then the file (or mapping), then overrides: ``steps=500``, ``net.dropout=0.1``."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
     for item in overrides:
         if "=" not in item:
@@ -69,6 +69,13 @@ def read(
         )
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        known = ", ".join(schema.__dataclass_fields__)  # type: ignore[attr-defined]
         problem = str(error).splitlines()[0]
-        raise ValueError(f"recipe: {problem}; {schema.__name__} has {known}") from error
+        if not isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+            place = error.full_key or error.key
+            raise ValueError(f"recipe: {f'{place}: ' if place else ''}{problem}") from error
+        place = error.object_type if hasattr(error.object_type, "__dataclass_fields__") else schema
+        known = list(place.__dataclass_fields__)  # type: ignore[union-attr]
+        near = difflib.get_close_matches(str(error.key), known, 1)
+        # newer releases of omegaconf say it themselves
+        hint = f" (did you mean {near[0]!r}?)" if near and "id you mean" not in problem else ""
+        raise ValueError(f"recipe: {problem}{hint}; {place.__name__} has {', '.join(known)}") from error

@@ -1,59 +1,82 @@
-"""Training of small teachers: a Denoiser on the digits, by the regression of its network's own target.
+"""``fewstep teacher RECIPE [key=value ...]``: a small teacher on data of any source, in pixels or in latents.
 
-The network F_theta is asked for F* = g_x x0 + g_e eps at x = alpha(t) x0 + sigma(t) eps, and
+    fewstep teacher digits-flow                            # a shipped recipe
+    fewstep teacher digits-edm steps=500 out=/tmp          # changed on the command line
+    fewstep teacher latent-flow data.path=pictures.zip data.size=256 latents.vae=path/to/vae
+    torchrun --nproc_per_node=8 -m fewstep teacher latent-flow data.path=... latents.vae=...
 
-    loss = E | F_theta(x, t, label) - F* |^2,          t drawn as the recipe's ``times`` says,
-
-which for EDM preconditioning is the weighting of 2206.00364, for ``eps`` that of 2006.11239, for ``flow`` that of
-2210.02747. Ten per cent of the labels are replaced by the null label, so that guidance has its unconditional half.
-
-    fewstep teacher digits-flow                      # the shipped recipe
-    fewstep teacher digits-edm steps=500 out=/tmp    # changed on the command line
+``OUT/NAME.safetensors`` is the teacher: ``load`` takes it, and so does ``teacher.path`` of a distillation. Its
+autoencoder, if it has one, is in it; ``NAME.md`` is its card. With ``checkpoint=1000`` the run is kept every so many
+steps, and goes on by itself where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
+import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..models import paths
 from ..models.checkpoint import write_atomically
-from ..models.denoiser import Denoiser
-from ..models.digits import CLASSES, SHAPE, SIGMA_DATA, digits
+from ..models.latent_codec import LatentCodec, open_vae
 from ..models.load import build, save_checkpoint
-from ..models.unet import UNet, time_frequencies
+from . import checkpoints, parallel
 from . import recipe as recipes
-from .levels import Times, draw_times
+from .classifier import ClassifierRecipe, save
+from .classifier import train as train_classifier
+from .data import DataRecipe, Source, as_float, open_data, open_source
+from .data.latents import cached
+from .draws import Draws
+from .levels import Times
+from .parallel import ALONE, Ranks
 from .progress import track
+from .regression import Regression
+
+CHECK = 50  # steps between looks at the loss where a look means waiting for a GPU
+
+
+@dataclass
+class LatentsRecipe:
+    """``vae``: the folder of an autoencoder that diffusers saved: the teacher is trained in its latents.
+
+    They are made once, ``batch`` pictures at a time, and kept in ``cache`` (default: beside the teacher).
+    """
+
+    vae: str | None = None
+    cache: str | None = None
+    batch: int = 16
 
 
 @dataclass
 class TeacherRecipe:
-    """What ``recipes/digits-*.yaml`` may say. ``net`` is a ``UNetConfig`` by its keys.
+    """What a teacher's recipe may say. ``net``: ``type`` and what that network's config takes beside the data's shape.
 
-    ``time_cutoff``: the time embedding's frequencies above so many radians per unit of t are held at 0 (see
-    ``without_fast_frequencies``).
+    ``sigma_data``: EDM's constant (default: measured). ``time_cutoff``: the time embedding's frequencies above so many
+    radians per unit of t are held at 0 (see ``without_fast_frequencies``). ``ema_share``: the weights are averaged over
+    so much of the run. ``exam``: samples that the finished teacher is measured on. ``checkpoint``: steps between
+    checkpoints, 0 for none.
     """
 
     kind: str = "denoiser"
-    name: str = "digits-edm"
+    name: str = "teacher"
     path: dict[str, Any] = field(default_factory=lambda: {"path": "edm"})
     predicts: str = "x0"
     precond: str | None = "edm"
-    sigma_data: float = SIGMA_DATA
+    sigma_data: float | None = None
     time_scale: float = 1.0
     net: dict[str, Any] = field(default_factory=dict)
     time_cutoff: float | None = None
     times: Times = field(default_factory=Times)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    latents: LatentsRecipe = field(default_factory=LatentsRecipe)
     label_dropout: float = 0.1
     steps: int = 3000
     batch: int = 128
@@ -61,151 +84,198 @@ class TeacherRecipe:
     warmup: int = 100
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.0
+    clip: float | None = None
     ema_share: float = 0.05
+    precision: str = "fp32"
+    exam: int = 1000
+    checkpoint: int = 0
+    device: str = "auto"
     seed: int = 0
     threads: int = 1
     out: str = "."
 
-
-def target(
-    d: Denoiser, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x_t, F*): the network's input before any scaling, and what it should answer: solves  x0 = P x + Q F*  for F*."""
-    wide = t.reshape(-1, *[1] * (x0.ndim - 1))
-    x = d.path.alpha(wide) * x0 + d.path.sigma(wide) * eps
-    # x0's equation loses its Q where sigma = 0 is near, eps' where alpha = 0 is; take the better of the two
-    answers = []
-    for form, value in (("x0", x0), ("eps", eps)):
-        p, (q,) = d.affine(wide, form)
-        answers.append((torch.as_tensor(q, dtype=torch.float64).expand_as(wide), (value - p * x) / q))
-    (q_x, f_x), (q_e, f_e) = answers
-    return x.float(), torch.where(q_x.abs() > q_e.abs(), f_x, f_e).float()
+    @property
+    def file(self) -> Path:
+        """Where the teacher is written."""
+        return Path(self.out) / f"{self.name}.safetensors"
 
 
-def denoising_loss(
-    d: Denoiser, x0: torch.Tensor, label: torch.Tensor, eps: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
-    """| F_theta - F* |^2, one number a sample; x0 and eps (B, ...), t (B,) in float64."""
-    x, wanted = target(d, x0.double(), eps.double(), t)
-    (output,) = d.raw(x, t, label=label)
-    return (output - wanted).square().flatten(1).mean(dim=1)
+def open_samples(
+    recipe: TeacherRecipe, ranks: Ranks = ALONE, keep: bool = True
+) -> tuple[Source, LatentCodec | None]:
+    """(what it is trained on, the autoencoder it came through); ``keep``: make the cache, else encode on the way."""
+    if recipe.data.path == "labels":
+        raise ValueError("data.path = labels has no samples to train a teacher on")
+    if recipe.latents.vae is None:
+        source = open_source(recipe.data)
+        return source, None if source.latents is None else LatentCodec(source.latents)
+    codec = open_vae(recipe.latents.vae, ranks.device)
+    if not keep:
+        return open_source(recipe.data, codec), codec
+    made = Path(recipe.data.path)
+    if made.suffix != ".safetensors":
+        made = Path(recipe.latents.cache or Path(recipe.out) / f"{recipe.name}-latents.safetensors")
+        if ranks.first:
+            cached(made, recipe.data, codec, recipe.latents.batch)
+        ranks.wait()
+    source = open_source(replace(recipe.data, path=str(made), size=None))
+    if source.latents is None or source.latents["sha256"] != codec.about["sha256"]:
+        raise ValueError(
+            f"{made} holds latents of another autoencoder than latents.vae = {recipe.latents.vae}: the hashes of their "
+            "weights differ"
+        )
+    return source, codec
 
 
-def null_some(label: torch.Tensor, share: float, null: int, random: torch.Generator) -> torch.Tensor:
-    """Labels with a share of them replaced by the null label."""
-    return torch.where(torch.rand(len(label), generator=random) < share, null, label)
-
-
-def train(recipe: TeacherRecipe) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged teacher, and the record of its training."""
-    torch.manual_seed(recipe.seed)
-    random = torch.Generator().manual_seed(recipe.seed)
-    config = {
+def config_of(recipe: TeacherRecipe, source: Source, codec: LatentCodec | None) -> dict[str, Any]:
+    """What ``build`` makes the teacher of: the recipe's network, with the data's shape and classes."""
+    net = {"type": "unet", **recipe.net}
+    classes = {} if source.classes is None else {"num_class_embeds": source.classes + 1}
+    if net["type"] in ("unet", "dit"):
+        if len(source.shape) != 3:
+            raise ValueError(
+                f"net.type = {net['type']} is for images, and data.path = {source.name} has points: mlp"
+            )
+        channels, side, width = source.shape
+        if side != width:
+            raise ValueError(
+                f"data.path = {source.name} has samples of {side} x {width}: crop them to squares"
+            )
+        net = {"sample_size": side, "in_channels": channels, "out_channels": channels, **classes, **net}
+    elif net["type"] == "mlp":
+        net = {"dim": math.prod(source.shape), **classes, **net}
+    spread = recipe.sigma_data
+    if spread is None:
+        spread = round(float(as_float(source.read(Draws(recipe.seed, 0, 0, 512, 512))[0]).std()), 4)
+    return {
         "path": paths.from_config(recipe.path).to_config(),
         "predicts": recipe.predicts,
         "precond": recipe.precond,
-        "sigma_data": recipe.sigma_data,
+        "sigma_data": spread,
         "time_scale": recipe.time_scale,
-        "net": {"type": "unet", "sample_size": SHAPE[-1], "num_class_embeds": CLASSES + 1, **recipe.net},
-        "shape": list(SHAPE),
+        "net": net,
+        "shape": list(source.shape),
+        **({} if codec is None else {"latents": codec.about}),
     }
+
+
+def begin(recipe: TeacherRecipe, ranks: Ranks = ALONE, keep: bool = True) -> Regression:
+    """A teacher at its first step."""
+    source, codec = open_samples(recipe, ranks, keep)
+    config = config_of(recipe, source, codec)
+    torch.manual_seed(recipe.seed)
     d = build(config)
-    net = d.net.train()
-    if recipe.time_cutoff is not None:
-        without_fast_frequencies(net, recipe.time_cutoff / recipe.time_scale)
-    averaged = copy.deepcopy(net)
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=recipe.lr, betas=tuple(recipe.betas), weight_decay=recipe.weight_decay
-    )
-    images, labels = (torch.from_numpy(a) for a in digits("train"))
-    cpu, wall, running = time.process_time(), time.monotonic(), float("nan")
-    for step, say in track(recipe.steps, recipe.name):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * learning_rate(step, recipe.steps, recipe.warmup)
-        rows = torch.randint(len(images), (recipe.batch,), generator=random)
-        label = null_some(labels[rows], recipe.label_dropout, CLASSES, random)
-        eps = torch.randn(len(rows), *SHAPE, generator=random)
-        t = draw_times(recipe.times, d.path, len(rows), random)
-        loss = denoising_loss(d, images[rows], label, eps, t).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        average(averaged, net, step, recipe.ema_share)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"the loss of {recipe.name} became {value} at step {step}; try a smaller lr than {recipe.lr}"
-            )
-        running = value if math.isnan(running) else 0.98 * running + 0.02 * value
-        say(loss=running)
-    net.load_state_dict(averaged.state_dict())
-    net.eval().requires_grad_(False)
-    record = {
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "out"},
+    d.codec = codec
+    return Regression(recipe, d, open_data(recipe.data, d, source), ranks)
+
+
+def train(recipe: TeacherRecipe, ranks: Ranks = ALONE) -> tuple[Regression, dict[str, Any]]:
+    """The finished teacher in its training, and the record of that."""
+    training = begin(recipe, ranks)
+    kept = Path(recipe.out) / f".{recipe.name}.training"
+    if recipe.checkpoint:
+        _resume(training, kept)
+    cpu, wall, running = time.process_time(), time.monotonic(), None
+    for step, say in track(recipe.steps, recipe.name, quiet=not ranks.first):
+        if step < training.done:
+            continue
+        loss = training.step()
+        running = loss if running is None else running.lerp(loss, 0.02)
+        if ranks.device.type == "cpu" or training.done % CHECK == 0 or training.done == recipe.steps:
+            value = float(loss)
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the loss of {recipe.name} became {value} at step {step}; try a smaller lr than {recipe.lr}"
+                )
+            say(loss=float(running))
+        if recipe.checkpoint and training.done % recipe.checkpoint == 0:
+            checkpoints.save(kept, training.done, training.state(), ranks=ranks)
+            if ranks.first:
+                checkpoints.tidy(kept, 2)
+    d = training.finish()
+    said = asdict(recipe)
+    for part, key in ((said["data"], "path"), (said["latents"], "vae")):
+        part[key] = part[key] and os.path.basename(part[key])  # what it was, not where it lay
+    for part, key in ((said, "out"), (said["data"], "root"), (said["latents"], "cache")):
+        del part[key]
+    return training, {
+        "recipe": said,
         "core_seconds": round(time.process_time() - cpu, 1),
         "minutes": round((time.monotonic() - wall) / 60, 2),
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(p.numel() for p in d.net.parameters()),
         "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
     }
-    return d, {**record, "config": config}
 
 
-def without_fast_frequencies(net: UNet, cutoff: float) -> None:
-    """Set to 0, and keep there, what the time embedding reads at frequencies above ``cutoff`` radians per unit of tau.
+def _resume(training: Regression, kept: Path) -> None:
+    """Go on where the checkpoints end; ValueError where they are of another recipe."""
+    from omegaconf import OmegaConf
 
-    With tau = 1000 t the fastest wave turns 160 times between t = 0 and 1. Nothing in the data does; the network
-    averages it away, but not to nothing, and what is left makes the ODE rough: solvers stop converging at 1e-3.
-    """
-    config, linear = net.config, net.time_embedding.linear_1
-    frequencies = time_frequencies(config.block_out_channels[0], config.freq_shift)
-    keep = (frequencies <= cutoff).repeat(2).to(linear.weight)  # sines and cosines
-    with torch.no_grad():
-        linear.weight.mul_(keep)
-    linear.weight.register_hook(lambda gradient: gradient * keep)
+    from .schema import differences
 
-
-def learning_rate(step: int, steps: int, warmup: int) -> float:
-    """Linear up, then half a cosine down to 0."""
-    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-@torch.no_grad()
-def average(averaged: nn.Module, net: nn.Module, step: int, share: float) -> None:
-    """An average whose memory grows with the run (2312.02696): it looks back over ``share`` of the steps so far.
-
-    >>> a, b = nn.Linear(1, 1), nn.Linear(1, 1)
-    >>> average(a, b, step=0, share=0.1); bool(a.weight == b.weight)
-    True
-    """
-    weight = max(1 / (step + 1), 1 - (1 - 1 / (step + 1)) ** (1 / share))
-    for kept, new in zip(averaged.parameters(), net.parameters(), strict=True):
-        kept.lerp_(new, min(1.0, weight))
+    recipe, ranks = training.recipe, training.ranks
+    config = kept / "config.yaml"
+    if config.is_file():
+        changed = differences(OmegaConf.to_container(OmegaConf.load(config)), asdict(recipe))
+        if changed:
+            raise ValueError(
+                f"{kept} holds a teacher half trained by another recipe; give this one another name=, or remove the "
+                "folder:\n  " + "\n  ".join(changed)
+            )
+    elif ranks.first:
+        write_atomically(config, OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))))
+    ranks.wait()
+    found = checkpoints.newest(kept)
+    if found is not None:
+        state = training.state()
+        checkpoints.load(found, state)
+        training.load_state(state)
 
 
 def run(name_or_path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
     """Train by a recipe, write ``<out>/<name>.safetensors`` and its model card, and return the file's path."""
-    kind = recipes.raw(name_or_path).get("kind", "denoiser")
-    if kind == "classifier":
-        from . import classifier
-
-        small = recipes.read(name_or_path, classifier.ClassifierRecipe, overrides)
-        return _on_threads(small.threads, lambda: classifier.save(classifier.train(small), Path(small.out)))
-    if kind != "denoiser":
-        raise ValueError(f"kind must be denoiser or classifier, got {kind!r}")
-    recipe = recipes.read(name_or_path, TeacherRecipe, overrides)
+    recipe = read(name_or_path, overrides)
+    if isinstance(recipe, ClassifierRecipe):
+        return _on_threads(recipe.threads, lambda: save(train_classifier(recipe), Path(recipe.out)))
     return _on_threads(recipe.threads, lambda: _run(recipe))
 
 
-def _run(recipe: TeacherRecipe) -> Path:
-    from .teacher_card import card, measure
+def read(
+    name_or_path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> TeacherRecipe | ClassifierRecipe:
+    """A teacher's recipe, or the digit classifier's, checked."""
+    if recipes.raw(name_or_path).get("kind") == "classifier":
+        return recipes.read(name_or_path, ClassifierRecipe, overrides)
+    recipe = recipes.read(name_or_path, TeacherRecipe, overrides)
+    if recipe.kind != "denoiser":
+        raise ValueError(f"kind must be denoiser or classifier, got {recipe.kind!r}")
+    for name in ("steps", "batch"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} must be 1 or more, got {getattr(recipe, name)}")
+    return recipe
 
-    d, record = train(recipe)
-    config = record.pop("config")
-    record["metrics"] = measure(d)
-    path = Path(recipe.out) / f"{recipe.name}.safetensors"
-    save_checkpoint(path, d, config, training=record)
-    write_atomically(path.with_suffix(".md"), card(config, record))
-    return path
+
+def _run(recipe: TeacherRecipe) -> Path:
+    from . import teacher_card
+
+    ranks = parallel.start(recipe.device)
+    training, record = train(recipe, ranks)
+    if not ranks.first:
+        return recipe.file
+    d = training.d
+    if recipe.data.path == "digits":
+        record["metrics"] = teacher_card.measure(d.to("cpu"))
+        text = teacher_card.card(d.config, record)
+    else:
+        record["metrics"] = teacher_card.measure_on(
+            d, training.data, recipe.exam, recipe.file.with_suffix(".png")
+        )
+        text = teacher_card.plain_card(d.config, record)
+    save_checkpoint(recipe.file, d, d.config, training=record)
+    write_atomically(recipe.file.with_suffix(".md"), text)
+    shutil.rmtree(recipe.file.with_name(f".{recipe.name}.training"), ignore_errors=True)
+    return recipe.file
 
 
 def _on_threads(n: int, work):
@@ -220,19 +290,42 @@ def _on_threads(n: int, work):
 def main(argv: Sequence[str] | None = None) -> int:
     """``fewstep teacher RECIPE [key=value ...]``."""
     parser = argparse.ArgumentParser(
-        prog="fewstep teacher", description="Train a small teacher, or the digit classifier, by a recipe."
+        prog="fewstep teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "recipe", help=f"{', '.join(recipes.names('denoiser', 'classifier'))}, or a YAML file"
-    )
+    known = ", ".join(recipes.names("denoiser", "classifier"))
+    parser.add_argument("recipe", help=f"{known}, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. steps=500 net.dropout=0.1 out=runs")
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--print-config", action="store_true", help="print the whole recipe and stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build everything, make one step, write nothing"
+    )
+    arguments = parser.parse_intermixed_args(argv)
     try:
-        print(run(arguments.recipe, arguments.overrides))
+        if arguments.print_config:
+            from omegaconf import OmegaConf
+
+            recipe = read(arguments.recipe, arguments.overrides)
+            print(OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))), end="")
+        elif arguments.dry_run:
+            recipe = read(arguments.recipe, arguments.overrides)
+            if isinstance(recipe, ClassifierRecipe):
+                raise ValueError(f"--dry-run is for denoisers, and {recipe.name} is a classifier")
+            print(_on_threads(recipe.threads, lambda: dry_run(recipe)))
+        else:
+            print(run(arguments.recipe, arguments.overrides))
     except ValueError as error:
         parser.error(str(error))
+    finally:
+        parallel.finish()
     return 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def dry_run(recipe: TeacherRecipe) -> str:
+    """Everything built, one step made, nothing written; what it came to."""
+    training = begin(recipe, parallel.start(recipe.device), keep=False)
+    loss = float(training.step())
+    parameters = sum(p.numel() for p in training.net.parameters())
+    shape = " x ".join(map(str, training.data.shape))
+    null_label = getattr(training.net, "null_label", None)
+    classes = "no classes" if null_label is None else f"{null_label} classes"
+    return f"{recipe.name}: {parameters} parameters, samples of {shape}, {classes}\nloss {loss:.4g}"

@@ -1,19 +1,25 @@
-"""What a teacher of the digits is worth, and its model card."""
+"""What a teacher is worth, and its model card."""
 
 from __future__ import annotations
 
+from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..eval import images
 from ..eval.frechet import frechet_distance
 from ..eval.neighbours import memorisation
 from ..models.classifier import load_classifier
+from ..models.codec import decode
 from ..models.denoiser import Denoiser
 from ..models.digits import CLASSES, SHAPE, digits
 from ..models.paths import EDM, Path
 from .card import DIGITS, LICENCE, model_card
+from .data import Data
+from .draws import Draws
+from .validation import set_exam
 
 
 @torch.no_grad()
@@ -31,11 +37,13 @@ def measure(
     samples = torch.cat(
         [heun(d, x, steps, y) for x, y in zip(noise.split(batch), label.split(batch), strict=True)]
     )
-    images = {split: torch.from_numpy(digits(split)[0]) for split in ("all", "train", "held_out")}
+    real_images = {split: torch.from_numpy(digits(split)[0]) for split in ("all", "train", "held_out")}
     judge = load_classifier()
     features, logits = judge(samples)
-    real = {split: judge.features(x) for split, x in images.items()}
-    near = memorisation(samples.flatten(1), images["train"].flatten(1), images["held_out"].flatten(1))
+    real = {split: judge.features(x) for split, x in real_images.items()}
+    near = memorisation(
+        samples.flatten(1), real_images["train"].flatten(1), real_images["held_out"].flatten(1)
+    )
     loss, trivial = held_out_loss(d)
     numbers = {
         "feature_fd_all": frechet_distance(features, real["all"]),
@@ -94,23 +102,68 @@ def held_out_loss(d: Denoiser, seed: int = 0) -> tuple[float, float]:
     return float(np.mean(ours)), float(np.mean(gaussian))
 
 
+def measure_on(d: Denoiser, data: Data, num: int, picture: FilePath) -> dict[str, float]:
+    """Frechet and kernel distance of ``num`` samples to as many real ones, beside those of real ones to others.
+
+    A grid of samples goes to ``picture``. Features are those of ``validation``; latents are compared as latents.
+    """
+    if not num:
+        return {}
+    exam = set_exam(d, data, num)
+    assert exam.real is not None  # a teacher was trained on them
+    device = next(d.net.parameters()).device  # type: ignore[union-attr]
+    others = data.batch(Draws(20_011, 0, 0, num, num, device)).real
+    numbers = {f"data_{k}": v for k, v in exam.compare(exam.teacher, exam.real).items()}
+    numbers |= {f"real_{k}": v for k, v in exam.compare(others.cpu(), exam.real).items()}
+    if len(data.shape) == 3 and (d.codec is None or d.codec.vae is not None):
+        made = decode(d, exam.teacher[:64].to(device))
+        images.save_png(picture, images.grid(images.to_uint8(made).cpu(), columns=8))
+    return {k: round(v, 5) for k, v in numbers.items()}
+
+
+def plain_card(config: dict[str, Any], record: dict[str, Any]) -> str:
+    """The model card of a teacher of other data than the digits."""
+    recipe, numbers = record["recipe"], record["metrics"]
+    given = ", ".join(f"{k} {v}" for k, v in config["net"].items())
+    rows = {
+        "data": recipe["data"]["path"],
+        "autoencoder": config.get("latents", {}).get("name", ""),
+        "net": f"{given}; {record['parameters']} parameters",
+        "training": _training(recipe),
+        "cost": f"{record['minutes']} minutes on {record['device']}, torch {record['torch']}",
+        **{k.replace("_", " "): f"{v:.4g}" for k, v in numbers.items()},
+    }
+    precond = f", preconditioned as {config['precond']}" if config["precond"] else ""
+    return model_card(
+        recipe["name"],
+        f"Generator of samples of {' x '.join(map(str, config['shape']))}: path `{config['path']['path']}`, predicts "
+        f"`{config['predicts']}`{precond}.",
+        rows,
+        "Distances marked data are of samples to real ones, those marked real of real ones to others."
+        * bool(numbers),
+    )
+
+
+def _training(recipe: dict[str, Any]) -> str:
+    times = recipe["times"]
+    drawn = (
+        times["kind"] if times["kind"] == "uniform" else f"{times['kind']} ({times['mean']}, {times['std']})"
+    )
+    return (
+        f"{recipe['steps']} steps of {recipe['batch']}, AdamW, lr {recipe['lr']}, times {drawn}, "
+        f"{recipe['label_dropout']:.0%} of labels dropped, weights averaged over the last {recipe['ema_share']:.0%}, "
+        f"seed {recipe['seed']}"
+        + (f"; time frequencies above {recipe['time_cutoff']} rad held at 0" if recipe["time_cutoff"] else "")
+    )
+
+
 def card(config: dict[str, Any], record: dict[str, Any]) -> str:
     """The model card."""
     recipe, numbers = record["recipe"], record["metrics"]
     net = ", ".join(
         [f"U-Net, {record['parameters']} parameters", *(f"{k} {v}" for k, v in recipe["net"].items())]
     )
-    times = recipe["times"]
-    drawn = (
-        times["kind"] if times["kind"] == "uniform" else f"{times['kind']} ({times['mean']}, {times['std']})"
-    )
     precond = f", preconditioned as {config['precond']}" if config["precond"] else ""
-    training = (
-        f"{recipe['steps']} steps of {recipe['batch']}, AdamW, lr {recipe['lr']}, times {drawn}, "
-        f"{recipe['label_dropout']:.0%} of labels dropped, weights averaged over the last {recipe['ema_share']:.0%}, "
-        f"seed {recipe['seed']}"
-        + (f"; time frequencies above {recipe['time_cutoff']} rad held at 0" if recipe["time_cutoff"] else "")
-    )
     return model_card(
         recipe["name"],
         f"Class-conditional generator of 8x8 digits: path `{config['path']['path']}`, predicts "
@@ -119,7 +172,7 @@ def card(config: dict[str, Any], record: dict[str, Any]) -> str:
             "retrain": f"`fewstep teacher {recipe['name']}`",
             "data": DIGITS,
             "net": net,
-            "training": training,
+            "training": _training(recipe),
             "cost": f"{record['minutes']} minutes ({record['core_seconds']} core-seconds, one thread), "
             f"torch {record['torch']}",
             "feature FD to all 1797 digits": f"**{numbers['feature_fd_all']:.2f}**",

@@ -107,12 +107,13 @@ def _rows(value: Any, part: torch.Tensor, count: int) -> Any:
 
 
 def features_for(shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The digit classifier's features of 8x8 digits, else pixels."""
+    """The digit classifier's features of 8x8 digits, else pixels, in 8x8 means where there are more."""
     if shape == (1, 8, 8):
         from ..models.classifier import load_classifier
 
         return load_classifier().features
-    return lambda x: x.flatten(1)
+    side = min(8, *shape[-2:])
+    return lambda x: torch.nn.functional.adaptive_avg_pool2d(x, side).flatten(1)
 
 
 def images_by(features: Callable[[torch.Tensor], torch.Tensor], bounded: bool = True):

@@ -29,15 +29,7 @@ _NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", to
 
 def latents(path: Path) -> Items:
     """The latents of a file, read as they are asked for."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"data.path = {path} is not a safetensors file: {error}") from error
-    about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-    if about.get("kind") != "latents" or about.get("format") != FORMAT:
-        raise ValueError(f"data.path = {path} holds no latents of this version: fewstep latents makes such")
+    file, about = _about(path)
     names = set(file.keys())
     parts = {name: file.get_slice(name) for name in names & {"latents", "mirrored"}}
     count, *shape = parts["latents"].get_shape()
@@ -127,12 +119,38 @@ def _header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]], about: dict
     return struct.pack("<Q", len(text)) + text
 
 
-def made_from(path: Path) -> dict[str, Any]:
-    """What a file of latents was made from: options of the data, and the autoencoder's hash."""
-    from safetensors import safe_open
+def cached(path: Path, recipe: Any, codec: LatentCodec, batch: int = 16) -> None:
+    """Make the file of a recipe's data, unless it is there; ValueError where it was made of others."""
+    from .batches import open_items
 
-    with safe_open(str(path), framework="pt") as file:
-        return json.loads((file.metadata() or {}).get(_KEY, "{}")).get("made_from", {})
+    items = open_items(recipe)
+    wanted = {
+        "data": Path(items.name).name, "count": items.count, "shape": list(items.shape), "flip": recipe.flip,
+        "vae": codec.about["sha256"],
+    }  # fmt: skip
+    if not path.is_file():
+        return keep(path, items, codec, batch, recipe.flip, made_from=wanted)
+    found = _about(path)[1]["made_from"]
+    if found != wanted:
+        changed = [f"{k}: {found.get(k)} -> {wanted[k]}" for k in wanted if found.get(k) != wanted[k]]
+        raise ValueError(
+            f"{path} holds latents of something else; name another latents.cache, or remove it:\n  "
+            + "\n  ".join(changed)
+        )
+
+
+def _about(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(the open file, what its metadata say); ValueError where it is no file of latents."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    if about.get("kind") != "latents" or about.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no latents of this version: fewstep latents makes such")
+    return file, about
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -60,6 +60,11 @@ def of_items(items: Items, crop: int | None = None, flip: bool = False) -> Sourc
     if items.count < 1:
         raise ValueError(f"data.path = {items.name} holds no samples")
     shape = items.shape
+    if items.latents is not None and (crop is not None or (flip and items.mirrored is None)):
+        raise ValueError(
+            f"data.path = {items.name} holds latents: they are not cropped, and mirrored ones must be kept beside them "
+            "(fewstep latents --flip)"
+        )
     if crop is not None:
         if not 0 < crop <= min(shape[-2:]):
             raise ValueError(

@@ -10,17 +10,10 @@ import torch
 pytest.importorskip("sklearn")
 
 from fewstep.distill import recipe as recipes
-from fewstep.distill.teacher import (
-    TeacherRecipe,
-    Times,
-    average,
-    draw_times,
-    learning_rate,
-    main,
-    run,
-    target,
-    train,
-)
+from fewstep.distill.draws import Draws
+from fewstep.distill.levels import Times, draw_times
+from fewstep.distill.regression import Regression, average, denoising_loss, learning_rate, null_some, target
+from fewstep.distill.teacher import TeacherRecipe, begin, main, read, run
 from fewstep.models import paths
 from fewstep.models.denoiser import Denoiser
 from fewstep.models.load import load
@@ -85,7 +78,10 @@ def test_fast_frequencies_stay_out_while_it_trains():
     recipe = recipes.read(
         "digits-flow", TeacherRecipe, ["net.block_out_channels=[16,16]", "steps=3", "batch=8"]
     )
-    d, _ = train(recipe)
+    training = begin(recipe)
+    for _ in range(3):
+        training.step()
+    d = training.finish()
     weight = d.net.time_embedding.linear_1.weight
     fast = 1000.0 * time_frequencies(16) > recipe.time_cutoff
     assert 0 < fast.sum() < 8
@@ -113,8 +109,10 @@ def test_shipped_recipes_are_read_and_wrong_ones_refused(tmp_path):
         "digits-edm",
         "digits-flow",
         "digits-vp",
+        "glyphs-flow",
+        "latent-flow",
     )
-    for name in ("digits-edm", "digits-flow", "digits-vp"):
+    for name in ("digits-edm", "digits-flow", "digits-vp", "glyphs-flow", "latent-flow"):
         assert recipes.read(name, TeacherRecipe).name == name
     changed = recipes.read("digits-edm", TeacherRecipe, ["steps=7", "net.dropout=0.1", "times.std=2"])
     assert (changed.steps, changed.net["dropout"], changed.times.std) == (7, 0.1, 2.0)
@@ -183,3 +181,90 @@ def test_the_command_reports_bad_arguments(capsys):
     with pytest.raises(SystemExit):
         main(["digits-flo"])
     assert "did you mean 'digits-flow'" in capsys.readouterr().err
+
+
+TINY = [
+    "net.block_out_channels=[8,8]",
+    "net.attention_head_dim=8",
+    "batch=16",
+    "warmup=1",
+    "label_dropout=0.3",
+    "net.dropout=0.2",
+]
+
+
+def test_two_halves_of_a_batch_have_the_gradient_of_the_whole():
+    """What ranks compute: the mean of their losses is the whole batch's, to float32's rounding."""
+    training = begin(read("digits-flow", [*TINY, "net.dropout=0"]))
+    losses = []
+    for first, count in ((0, 16), (0, 8), (8, 8)):
+        draws = Draws(0, 5, first, count, 16)
+        batch = training.data.batch(draws)
+        cond = null_some(batch.cond, batch.null, 0.3, draws)
+        eps, t = draws.normal("forward", training.data.shape), draws.stratified("level")
+        losses.append(float(denoising_loss(training.d, batch.real, cond, eps, t).mean().detach()))
+    assert losses[0] == pytest.approx((losses[1] + losses[2]) / 2, rel=1e-5)
+    assert losses[1] != losses[2]
+
+
+def test_a_share_of_the_labels_is_dropped():
+    draws = Draws(0, 0, 0, 4000, 4000)
+    label = torch.arange(4000) % 10
+    dropped = null_some({"label": label}, {"label": torch.full_like(label, 10)}, 0.3, draws)["label"]
+    assert ((dropped == label) | (dropped == 10)).all()
+    assert abs((dropped == 10).double().mean() - 0.3) < 5 * (0.21 / 4000) ** 0.5
+    assert null_some({}, None, 0.3, draws) == {}
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_weights(tmp_path, monkeypatch, quick):
+    options = [*TINY, "steps=7", "checkpoint=3"]
+    whole = run("digits-edm", [*options, f"out={tmp_path / 'whole'}"])
+    step, steps = Regression.step, []
+
+    def broken(training):
+        if training.done == 5 and 5 not in steps:
+            steps.append(5)
+            raise KeyboardInterrupt
+        steps.append(training.done)
+        return step(training)
+
+    monkeypatch.setattr(Regression, "step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        run("digits-edm", [*options, f"out={tmp_path / 'broken'}"])
+    kept = tmp_path / "broken/.digits-edm.training"
+    assert [p.name for p in sorted(kept.glob("step-*"))] == ["step-00000003"]
+    with pytest.raises(ValueError, match="half trained by another recipe.*\n.*lr: 0.002 -> 0.1"):
+        run("digits-edm", [*options, "lr=0.1", f"out={tmp_path / 'broken'}"])
+    again = run("digits-edm", [*options, f"out={tmp_path / 'broken'}"])
+    assert steps == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6] and not kept.exists()
+    for p, q in zip(load(whole).net.parameters(), load(again).net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_the_whole_recipe_is_printed_and_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["digits-edm", "--print-config", "data.flip=true"]) == 0
+    assert "flip: true" in capsys.readouterr().out
+    assert main(["digits-edm", *TINY, "--dry-run", "checkpoint=1"]) == 0
+    said = capsys.readouterr().out
+    assert "samples of 1 x 8 x 8, 10 classes" in said and "loss" in said
+    assert list(tmp_path.iterdir()) == []
+    for wrong, hint in [("data.pth=x", "path"), ("stepz=1", "steps"), ("latents.va=x", "vae")]:
+        with pytest.raises(SystemExit):
+            main(["digits-edm", wrong])
+        assert f"id you mean: '{hint}'" in (err := capsys.readouterr().err) or f"did you mean '{hint}'" in err
+
+
+@pytest.mark.parametrize("options, said", [
+    (["data.path=labels"], "labels has no samples to train"),
+    (["data.path=mixture"], "net.type = unet is for images, and data.path = mixture has points"),
+    (["batch=0"], "batch must be 1 or more"),
+    (["precision=fp8"], "fp32, bf16, got 'fp8'"),
+    (["net.type=mlp", "time_cutoff=3"], "time_cutoff is for net.type = unet"),
+    (["latents.vae=nowhere"], "latents.vae = nowhere must be a folder"),
+])  # fmt: skip
+def test_recipes_that_cannot_be_trained_are_refused(options, said, tmp_path):
+    recipe = {"net": {"type": "unet"}, "steps": 1, "batch": 4}
+    with pytest.raises(ValueError, match=said):
+        run(recipe, [*options, f"out={tmp_path}"])
+    assert list(tmp_path.iterdir()) == []
