@@ -1,0 +1,96 @@
+"""Where each divergence leads a student of two numbers, x0 = a z + b, in float64 with exact scores and ratios.
+
+Expectations are integrals over a grid of x_t, so nothing is left to chance; dx0/da is E[z | x_t] = a (x_t - b) / q.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fewstep.distill.losses import dmd_gradient, sim_loss
+from fewstep.distill.losses.divergences import DIVERGENCES
+from fewstep.models import GaussianMixture, paths
+
+X = torch.linspace(-9, 9, 1801, dtype=torch.float64)
+DX = float(X[1] - X[0])
+PATH = paths.edm()
+UPSIDE_DOWN = lambda ratio: DIVERGENCES["kl"].weight(1 / ratio)  # noqa: E731 (student over teacher)
+NARROW, WIDE = (0.1, 0.3), (1.0, 2.0)  # noise levels at which two modes are apart, and are one
+
+
+def teacher(means, std):
+    mixture = GaussianMixture([1 / len(means)] * len(means), [[m] for m in means], std**2)
+    return mixture, mixture.denoiser(PATH)
+
+
+def slopes(mixture, d, a, b, sigma, name):
+    """d/da and d/db of D_f(p_t || q_t), or of SIM's distance, at noise level sigma."""
+    spread = a * a + sigma * sigma
+    log_q = -0.5 * ((X - b) ** 2 / spread + math.log(2 * math.pi * spread))
+    real, fake = d(X[:, None], sigma)[:, 0], X - sigma**2 * (X - b) / spread
+    z = a * (X - b) / spread
+    if name == "sim":
+        return sim_slopes(d, a, b, sigma, log_q)
+    ratio = (mixture.log_prob(X[:, None], PATH, sigma) - log_q).exp()
+    h = UPSIDE_DOWN(ratio) if name == "upside down" else DIVERGENCES[name].weight(ratio)
+    g = dmd_gradient(X[:, None], real[:, None], fake[:, None], 1.0, sigma, "kl", scale=h)[:, 0]
+    mass = log_q.exp() * DX
+    return float((mass * g * z).sum()), float((mass * g).sum())
+
+
+def sim_slopes(d, a, b, sigma, log_q):
+    """By autograd through the loss on a product grid of z and eps: the sampling law moves with the student."""
+    knots = torch.special.ndtri((torch.arange(24, dtype=torch.float64) + 0.5) / 24)
+    knots = knots / knots.square().mean().sqrt()
+    z, eps = (v.reshape(-1, 1) for v in torch.meshgrid(knots, knots, indexing="ij"))
+    numbers = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (a, b)]
+    x0 = numbers[0] * z + numbers[1]
+    x_t = x0 + sigma * eps
+    fake = x_t - sigma**2 * (x_t - b) / (a * a + sigma**2)
+    loss = sim_loss(x0, d(x_t, sigma), fake, "l2") / sigma**2
+    return [float(g) for g in torch.autograd.grad(loss, numbers)]
+
+
+def led(mixture, d, name, a, b, sigmas, steps=240, rate=0.15):
+    """(a, b) after gradient descent, the levels in turn; steps in units of the student's own spread."""
+    for k in range(steps):
+        sigma = sigmas[k % len(sigmas)]
+        on_a, on_b = slopes(mixture, d, a, b, sigma, name)
+        scale = rate * (a * a + sigma * sigma) * min(1.0, 2 * (1 - k / steps))
+        a, b = a - scale * max(-2.0, min(2.0, on_a)), b - scale * max(-2.0, min(2.0, on_b))
+    return abs(a), b
+
+
+@pytest.mark.parametrize("name", ["rkl", "kl", "js", "hellinger", "sim"])
+def test_every_divergence_leads_a_gaussian_to_a_gaussian(name):
+    mixture, d = teacher([0.7], 0.6)
+    a, b = led(mixture, d, name, a=1.3, b=-0.8, sigmas=(0.2, 0.5, 1.0))
+    assert a == pytest.approx(0.6, rel=0.01) and b == pytest.approx(0.7, rel=0.01)
+
+
+def led_to_two_modes(name, sigmas):
+    """The student starts near one of two modes, and wide enough to know of the other."""
+    return led(*teacher([-1.5, 1.5], 0.3), name, a=0.5, b=0.7, sigmas=sigmas)
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "hellinger"])
+def test_covering_divergences_cover_both_modes(name):
+    a, b = led_to_two_modes(name, NARROW)
+    assert abs(b) < 0.01 and a > 1.4
+    if name == "kl":  # the teacher's own standard deviation
+        assert a == pytest.approx(math.sqrt(1.5**2 + 0.3**2), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["rkl", "softened_rkl", "sim", "upside down"])
+def test_seeking_ones_keep_one_mode_and_so_does_forward_kl_with_its_ratio_upside_down(name):
+    a, b = led_to_two_modes(name, NARROW)
+    assert a == pytest.approx(0.3, rel=0.02) and b == pytest.approx(1.5, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["rkl", "sim"])
+def test_at_levels_where_the_modes_are_one_they_cover_both_too(name):
+    a, b = led_to_two_modes(name, WIDE)
+    assert abs(b) < 0.01 and a > 1.4
