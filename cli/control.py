@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import functools
+import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,16 @@ from .arguments import parser_for
 FOLDER = Path(__file__).parent / "recipes"
 REWARDED = ("tree_sample", "tree_search", "best_of_n", "importance", "smc_steering", "svdd", "dps")
 METHODS = (*REWARDED, "feynman_kac", "ensemble_posterior")
+GIVEN = (
+    "reward",
+    "target",
+    "operator",
+    "observation",
+    "seed",
+    "cond",
+    "ids",
+    "sample",
+)  # not among the options
 
 
 @dataclass
@@ -21,16 +34,23 @@ class ControlRecipe:
     """What a recipe may say.
 
     ``model``: as for ``fewstep sample``. ``label``: a class for all samples, "all" for every class in turn, "none".
-    ``solver``: name, grid, steps (or calls) and the solver's own options. ``reward``: the name of a function in
-    ``fewstep.models.rewards`` and its arguments. ``target``: the same of ``samplers.targets``; ``operator``: of
-    ``samplers.operators`` (``inpaint`` hides one side: left, right, top or bottom), with ``images`` to observe:
-    "digits" (those held out), an .npz or a folder. ``options``: of the method. ``num``: samples.
+    ``prompt``: of a pipeline of texts, one or several that samples take in turn, with ``negative``, ``height`` and
+    ``width``; ``guidance``: its scale. ``solver``: name, grid, steps (or calls) and the solver's own options.
+    ``reward``: the name of a function in ``fewstep.models.rewards`` or ``reward_models`` and its arguments. ``target``:
+    the same of ``samplers.targets``, where ``tilt`` takes the recipe's reward; ``operator``: of ``samplers.operators``
+    (``inpaint`` hides one side: left, right, top or bottom), with ``images`` to observe: "digits" (those held out), an
+    .npz or a folder. ``options``: of the method. ``num``: samples.
     """
 
     kind: str = "control"
     model: str = "digits"
     method: str = "tree_search"
     label: str = "none"
+    prompt: Any = None
+    negative: str | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
     num: int = 10
     seed: int = 0
     device: str | None = None
@@ -68,6 +88,7 @@ def main(argv: list[str]) -> int:
         "Sample a model under a reward, a target density or an observation, as a recipe says.\n"
         f"Recipes: {', '.join(names())}, or a file of yours; key=value changes one.",
     )
+    parser.epilog = _told_of_recipes()
     parser.add_argument("recipe", help="a name or a YAML file")
     parser.add_argument("changes", nargs="*", help="e.g. options.budget=800 num=4 reward.label=7")
     parser.add_argument(
@@ -98,7 +119,7 @@ def run(recipe: ControlRecipe):
     import torch
 
     from .. import samplers
-    from ..models import load
+    from ..models import decode
     from ..samplers.noise import starting_noise
 
     if recipe.kind != "control":
@@ -108,31 +129,83 @@ def run(recipe: ControlRecipe):
     if recipe.num < 1:
         raise ValueError(f"num must be positive, got {recipe.num}")
     device = torch.device(recipe.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    d = load(recipe.model).to(device)
+    method = getattr(samplers, recipe.method)
+    known = [*inspect.signature(method).parameters][3:]
+    options = {key: value for key, value in recipe.options.items() if value is not None}
+    _check_options(recipe.method, options, [key for key in known if key not in GIVEN])
+    d, cond = _model(recipe, device)
     noise = starting_noise(recipe.seed, torch.arange(recipe.num, device=device), d.shape)
-    options = {**recipe.options, "seed": recipe.seed, "cond": _condition(recipe, d, device)}
+    options |= {"seed": recipe.seed, "cond": cond}
     truth = reward = None
-    if recipe.method in REWARDED:
+    if recipe.reward:
         reward = _made("reward", recipe.reward, _rewards())
+    if recipe.method in REWARDED:
+        if reward is None:
+            raise ValueError(
+                f"reward must be given for {recipe.method}: {{name: ..}} of {', '.join(_rewards())}"
+            )
         options["reward"] = reward
     elif recipe.method == "feynman_kac":
-        options["target"] = _made("target", recipe.target, vars(samplers.targets))
+        tilted = recipe.target.get("name") == "tilt" and reward is not None
+        options["target"] = _made(
+            "target", {**recipe.target, **({"reward": reward} if tilted else {})}, _targets()
+        )
     else:
         truth = _images(recipe, d).to(device)
         options["operator"] = _operator(recipe.operator, d.shape)
         fresh = starting_noise(recipe.seed + 1, recipe.num, options["operator"].observed).to(device)
         options["observation"] = options["operator"](truth) + options.get("noise_std", 0.1) * fresh
         options.setdefault("noise_std", 0.1)
-    x, info = getattr(samplers, recipe.method)(d, noise, _table(recipe.solver, d), **options)
-    return x.cpu(), _told(x, info, reward, truth)
+    x, info = method(d, noise, _table(recipe.solver, d), **options)
+    x = decode(d, x)
+    return x.cpu(), _told(recipe.method, x, info, reward, truth)
 
 
-def _told(x, info: Any, reward: Callable | None, truth) -> dict[str, Any]:
+def _told_of_recipes() -> str:
+    """What follows ``--help``: what may stand in a recipe."""
+    return (
+        f"A recipe's keys: {', '.join(f.name for f in fields(ControlRecipe))}.\n"
+        f"Methods: {', '.join(METHODS)}.\n"
+        f"Examples:\n  fewstep control digits-ink-search options.budget=200 num=4 --out ink.png\n"
+        "  fewstep control digits-seven-sample reward.label=3 model=digits-flow\n"
+        "  fewstep control mine.yaml model=path/to/sdxl prompt='a fox' reward='{name: brightness}'"
+    )
+
+
+def _model(recipe: ControlRecipe, device) -> tuple[Any, dict[str, Any] | None]:
+    """The denoiser, guided or not, and the condition of ``num`` samples."""
+    import torch
+
+    from ..models import load
+    from ..models.codec import dealt
+    from ..samplers import cfg
+    from .model import told
+
+    prompts = [recipe.prompt] if isinstance(recipe.prompt, str) else list(recipe.prompt or ())
+    if not Path(recipe.model).is_dir():
+        d = load(recipe.model).to(device)
+        if prompts or recipe.negative:
+            raise ValueError(f"prompt is of no use: {recipe.model} takes no text")
+        cond = _condition(recipe, d, device)
+        if recipe.guidance not in (None, 1) and cond is None:
+            raise ValueError(f"guidance needs a model of classes or texts, and {recipe.model} is neither")
+        return d if recipe.guidance in (None, 1) else cfg(d, recipe.guidance), cond
+    label = int(recipe.label) if recipe.label.isdigit() else None
+    asked = argparse.Namespace(
+        model=recipe.model, prompt=prompts, negative=recipe.negative, label=label, guidance=recipe.guidance,
+        height=recipe.height, width=recipe.width, frames=None, dtype=None, variant=None,
+    )  # fmt: skip
+    d, cond, _ = told(asked, device)
+    return d, None if cond is None else dealt(cond, torch.arange(recipe.num, device=device))
+
+
+def _told(method: str, x, info: Any, reward: Callable | None, truth) -> dict[str, Any]:
     told: dict[str, Any] = {}
     if isinstance(info, list):  # trees
         told["calls"] = info[0].calls
         told |= {"leaves": [len(t.leaves) for t in info], "best_reward": [max(t.rewards) for t in info]}
-        told |= {"ess": [t.ess for t in info], "log_z": [t.log_z for t in info]}
+        if method == "tree_sample":
+            told |= {"ess": [t.ess for t in info], "log_z": [t.log_z for t in info]}
     else:
         told["calls"] = info.calls
         for name, source in (("log_z", "log_z"), ("log_evidence", "log_evidence"), ("log_normaliser", "log_normaliser"),
@@ -210,16 +283,37 @@ def _rewards() -> dict[str, Any]:
     }
 
 
+def _targets() -> dict[str, Any]:
+    from ..samplers import targets
+
+    return {
+        name: getattr(targets, name)
+        for name in ("own", "anneal", "product", "geometric", "cfg", "rlg", "tilt")
+    }
+
+
 def _made(what: str, given: dict[str, Any], known: dict[str, Any]) -> Any:
-    """``{name: .., other arguments}`` as a call of what ``known`` has under that name."""
-    arguments = dict(given)
+    """``{name: .., other arguments}`` as a call of what ``known`` has under that name; null takes an argument away."""
+    arguments = {key: value for key, value in given.items() if value is not None}
     name = arguments.pop("name", None)
-    public = [
-        key for key, value in known.items() if callable(value) and not key.startswith("_") and key.islower()
-    ]
-    if name not in public:
-        raise ValueError(f"{what}.name must be one of {', '.join(sorted(public))}, got {name!r}")
+    if name not in known:
+        raise ValueError(f"{what}.name must be one of {', '.join(known)}, got {name!r}")
+    parameters = inspect.signature(known[name]).parameters
+    _check_options(f"{what} {name}", arguments, list(parameters))
+    missing = [key for key, one in parameters.items() if one.default is one.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"{what}.{missing[0]} must be given for {name}, which takes {', '.join(parameters)}")
     return known[name](**arguments)
+
+
+def _check_options(of: str, given: dict[str, Any], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"{of} takes {', '.join(known) or 'nothing more'}; got {key}{hint}; {key}=null takes it away"
+            )
 
 
 def _operator(given: dict[str, Any], shape: tuple[int, ...]):
@@ -227,9 +321,10 @@ def _operator(given: dict[str, Any], shape: tuple[int, ...]):
 
     from ..samplers import operators
 
-    arguments = dict(given)
+    arguments = {key: value for key, value in given.items() if value is not None}
     name = arguments.pop("name", None)
     if name == "inpaint":
+        _check_options("operator inpaint", arguments, ["hide"])
         height, width = shape[-2:]
         sides = {
             "left": (..., slice(width // 2)), "right": (..., slice(width // 2, None)),
@@ -244,7 +339,8 @@ def _operator(given: dict[str, Any], shape: tuple[int, ...]):
         return operators.inpaint(mask)
     if name not in ("blur", "downsample"):
         raise ValueError(f"operator.name must be inpaint, blur or downsample, got {name!r}")
-    return getattr(operators, name)(shape, **arguments)
+    made = {key: functools.partial(getattr(operators, key), shape) for key in ("blur", "downsample")}
+    return _made("operator", {"name": name, **arguments}, made)
 
 
 def _images(recipe: ControlRecipe, d):

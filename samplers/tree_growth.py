@@ -23,6 +23,7 @@ from .tree import ROOT, Tree
 CHOOSE = 6  # the stream of a walk's choices
 BLOCK = 256  # walks whose choices are drawn at once
 PATIENCE = 1000  # batches of walks that all end at old leaves, before a tree is taken to be complete
+SAMPLE, SEARCH = ("shape", "dtype", "device"), ("improvement", "bounds")
 Select = Callable[[Tree, int, Counter, float], tuple[int, float]]
 
 
@@ -234,6 +235,8 @@ def planted(
         reward = table_or_reward
     if reward is None:
         raise TypeError("reward must be given: a function of samples (B, ...) to (B,)")
+    if unknown := [key for key in sample if key not in SAMPLE]:
+        raise TypeError(f"tree_{'search' if growth['method'] in SEARCH else 'sample'} takes no {unknown[0]!r}")
     judge = checked(reward, d.codec, space)
     check_budget(budget)
     common = dict(seed=seed, levels=levels, **sample)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ pytest.importorskip("sklearn")
 from fewstep import cli
 from fewstep.cli.control import ControlRecipe, find, names, run
 from fewstep.distill import recipe as recipes
+from fewstep.models.rewards import LUMA
 
 SMALL = {
     "digits-ink-search": ("num=2", "solver.steps=4", "options.budget=12"),
@@ -71,10 +74,62 @@ def test_a_recipe_of_ones_own_and_bad_ones(tmp_path, capsys):
         ([str(mine), "label=12"], "label must be"),
         ([str(mine), "num=0"], "num must be positive"),
         ([str(mine), "solver.order=3"], "solver must have options of ddim, eta"),
+        ([str(mine), "options.nn=3"], "best_of_n takes n, reward_space, batch; got nn (did you mean n?)"),
+        ([str(mine), "reward.name=class_probability"], "reward.label must be given for class_probability"),
+        ([str(mine), "reward.strength=2"], "reward brightness takes nothing more; got strength"),
+        ([str(mine), "prompt=fox"], "prompt is of no use: digits takes no text"),
+        ([str(mine), "method=svdd", "options.width=-1"], "takes width"),
+        (["digits-anneal", "target.name=checked"], "target.name must be one of own, anneal"),
+        (
+            ["digits-inpaint", "operator.name=blur"],
+            "operator blur takes std; got hide; hide=null takes it away",
+        ),
         ([str(mine), "colour=red"], "ControlRecipe has"),
         (["digits-inpaint", "operator.hide=all"], "operator.hide must be one of"),
         ([str(mine), "--out", "a.gif"], "--out must end in"),
     ):
         assert cli.main(["control", *words]) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["control", "--help"])
+    help = capsys.readouterr().out
+    assert "Methods: tree_sample" in help and "digits-ink-search options.budget=200" in help
     assert recipes.read(recipes.raw(find("digits-anneal")), ControlRecipe).options["particles"] == 8
+
+
+def test_targets_with_a_reward_and_guidance():
+    made = ControlRecipe(
+        method="feynman_kac", num=2, label="all", guidance=2.0, reward={"name": "ink"}, options={"particles": 2},
+        target={"name": "tilt", "scale": 20.0}, solver={"name": "ddim", "steps": 3, "eta": 1.0},
+    )  # fmt: skip
+    x, told = run(made)
+    assert x.shape == (2, 1, 8, 8) and len(told["reward"]) == 2 and told["calls"] > 0
+    made.options = {"particles": 2, "drift": None}  # as if it had not been said
+    assert run(made)[0].equal(x)
+
+
+def test_a_pipeline_of_texts(tmp_path, capsys):
+    """A tiny Stable Diffusion from its folder: two prompts in turn, rewards of decoded images, guidance or none."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parent / "samplers" / "pipelines.py")
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    tiny.build("sd").save_pretrained(tmp_path / "sd")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("kind: control\nmethod: tree_search\nnum: 2\nreward: {name: brightness}\nprompt: [a b, c d]\n"
+                    "options: {budget: 12, batch: 2}\nsolver: {name: ddim, steps: 3, eta: 1.0}\n")  # fmt: skip
+    size = [f"model={tmp_path / 'sd'}", "height=16", "width=16"]
+    for guidance in ("1.0", "3.0"):
+        out = tmp_path / f"{guidance}.npz"
+        assert cli.main(["control", str(mine), *size, f"guidance={guidance}", "--out", str(out)]) == 0
+        told = json.loads((tmp_path / f"{guidance}.npz.json").read_text())
+        pictures = np.load(out)["arr_0"]
+        assert pictures.shape == (2, 16, 16, 3) and told["calls"] == 12 and "ess" not in told
+        assert np.allclose(told["reward"], told["best_reward"], atol=1e-3)
+        assert np.allclose(
+            pictures @ np.array(LUMA) / 255 @ np.ones(16) / 16 @ np.ones(16) / 16, told["reward"], atol=2e-3
+        )
+    capsys.readouterr()
+    assert cli.main(["control", str(mine), *size, "prompt=null"]) == 2
+    assert "--prompt is needed" in capsys.readouterr().err
