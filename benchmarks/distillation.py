@@ -1,6 +1,7 @@
 """Distillers side by side: every method, three seeds, one command that goes on where it was.
 
     python benchmarks/distillation.py digits                 # one-step and few-step students of the embedded teacher
+    python benchmarks/distillation.py consistency            # the consistency family on the digits, judged alike
     python benchmarks/distillation.py mixture                # modes found of 25, with the exact teacher
     python benchmarks/distillation.py digits --table         # the table of what is there, nothing run
 
@@ -45,6 +46,14 @@ DIGITS = {
     "DMD2, 4 calls": ("dmd2-digits", ["student.steps=4"]),
     "phased DMD, 2 x 2 calls": ("phased-digits", []),
 }
+CONSISTENCY = {
+    "ECT, 1 call": ("ect-digits", []),
+    "ECT, 2 calls": ("ect-digits", ["student.times=[20.0, 0.8]"]),
+    "sCM, 1 call": ("scm-digits", []),
+    "sCM, 2 calls": ("scm-digits", ["student.times=[20.0, 0.8]"]),
+    "MeanFlow, 1 call": ("meanflow-digits", []),
+    "MeanFlow, 2 calls": ("meanflow-digits", ["student.steps=2"]),
+}
 MIXTURE = {
     "DMD2 (reverse KL)": ("dmd2-mixture", []),
     "f-distill js": ("fdistill-mixture", ["divergence=js"]),
@@ -52,6 +61,7 @@ MIXTURE = {
     "SIM": ("sim-mixture", []),
     "phased DMD, 2 x 2 calls": ("phased-mixture", []),
 }
+TASKS = {"digits": DIGITS, "consistency": CONSISTENCY, "mixture": MIXTURE}
 CONTROL = ["optim.lr=0.0"]  # a student that does not learn: every claim must fail on it
 
 
@@ -91,7 +101,7 @@ def floors_of(task: str, runs: Path) -> dict[str, dict[str, float]]:
     """What students are held against, made once."""
     kept = runs / f"{task}-floors.json"
     if not kept.is_file():
-        write_atomically(kept, json.dumps(floors_digits() if task == "digits" else floors_mixture()))
+        write_atomically(kept, json.dumps(floors_mixture() if task == "mixture" else floors_digits()))
     return json.loads(kept.read_text())
 
 
@@ -134,12 +144,12 @@ def cell(task: str, name: str, seed: int, runs: Path, threads: int, extra: list[
     kept = kept_at(task, name, seed, runs, extra)
     if kept.is_file():
         return json.loads(kept.read_text())
-    recipe, options = (DIGITS if task == "digits" else MIXTURE)[name]
+    recipe, options = TASKS[task][name]
     start, used = time.monotonic(), time.process_time()
     where = [f"seed={seed}", f"name={kept.stem}", f"out={runs}", f"threads={threads}"]
     folder = run(recipe, [*options, *extra, *where])
     spent = {"minutes": (time.monotonic() - start) / 60, "core_minutes": (time.process_time() - used) / 60}
-    numbers = (digits_cell if task == "digits" else mixture_cell)(folder) | spent
+    numbers = (mixture_cell if task == "mixture" else digits_cell)(folder) | spent
     write_atomically(kept, json.dumps(numbers))
     return numbers
 
@@ -151,7 +161,7 @@ def make(
     wanted = [
         (task, name, seed, runs, threads, extra)
         for seed in seeds
-        for name in (DIGITS if task == "digits" else MIXTURE)
+        for name in TASKS[task]
         if not only or any(word in name for word in only)
     ]
     missing = [one for one in wanted if not kept_at(task, one[1], one[2], runs, extra).is_file()]
@@ -167,7 +177,7 @@ def make(
 def gathered(task: str, runs: Path, extra: list[str]) -> dict[str, dict[str, list[float]]]:
     """name -> number -> its values over seeds, of all cells that are there."""
     found: dict[str, dict[str, list[float]]] = {}
-    for name in DIGITS if task == "digits" else MIXTURE:
+    for name in TASKS[task]:
         for seed in SEEDS:
             kept = kept_at(task, name, seed, runs, extra)
             for key, value in (json.loads(kept.read_text()) if kept.is_file() else {}).items():
@@ -198,8 +208,8 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
 
 def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> str:
     """Markdown: means over seeds, and their range."""
-    keys = ["fd", "kid", "nearest", "diversity", "core_minutes"] if task == "digits" else [
-        "modes", "mmd", "sliced_w2", "core_minutes"]  # fmt: skip
+    keys = ["modes", "mmd", "sliced_w2", "core_minutes"] if task == "mixture" else [
+        "fd", "kid", "nearest", "diversity", "core_minutes"]  # fmt: skip
     lines = ["| | " + " | ".join(keys) + " | seeds |", "|---|" + "--:|" * (len(keys) + 1)]
     for name, numbers in floors.items():
         cells = [f"{numbers[k]:.3g}" if k in numbers else "" for k in keys]
@@ -220,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("task", choices=("digits", "mixture"))
+    parser.add_argument("task", choices=tuple(TASKS))
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--only", nargs="*", default=[], help="words of the methods to run")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
@@ -235,7 +245,7 @@ def main() -> None:
     arguments.runs.mkdir(parents=True, exist_ok=True)
     task, extra = arguments.task, CONTROL if arguments.control else []
     if extra:  # one method stands for all: none of them moves at a rate of 0
-        first = next(iter(DIGITS if task == "digits" else MIXTURE))
+        first = next(iter(TASKS[task]))
         arguments.only, arguments.seeds = arguments.only or [first], [0]
     if not arguments.table:
         make(task, arguments.runs, arguments.only, arguments.seeds, arguments.jobs, arguments.threads, extra)
@@ -253,15 +263,13 @@ def main() -> None:
         print(said)
         shown += f"\n{said}\n"
     stem = RESULTS / f"distillation-{task}-cpu{'-control' if extra else ''}"
-    whole = all(
-        len(rows.get(name, {}).get("minutes", [])) == len(SEEDS)
-        for name in (DIGITS if task == "digits" else MIXTURE)
-    )
+    whole = all(len(rows.get(name, {}).get("minutes", [])) == len(SEEDS) for name in TASKS[task])
     if not (whole or extra):
         return
     write_atomically(stem.with_suffix(".json"), json.dumps(content, indent=1) + "\n")
     command = f"python benchmarks/distillation.py {task}{' --control' if extra else ''}"
-    head = f"Students of {task}, means over seeds and their range. Made by `{command}`.\n\n"
+    what = "digits" if task == "consistency" else task
+    head = f"Students of {what}, means over seeds and their range. Made by `{command}`.\n\n"
     write_atomically(stem.with_suffix(".md"), head + shown)
 
 

@@ -36,11 +36,15 @@ class Jumps(Denoiser):
 
     def gap(self, x: torch.Tensor, t: Times) -> torch.Tensor:
         """t less the highest end below it, (B,); what lies below all of them goes to the lowest."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(x.shape[0])
-        ends = torch.tensor(self.ends, dtype=torch.float64, device=x.device)
-        # the last end that is lower than t, which may be an end that float32 has rounded up
-        below = torch.searchsorted(ends, t.contiguous() - 1e-6) - 1
-        return (t - ends[below.clamp_min(0)]).to(x.dtype)
+        # a time that float32 has rounded up from an end stands at that end
+        if not isinstance(t, torch.Tensor):
+            below = (end for end in self.ends if end < float(t) - 1e-6)
+            return x.new_full((len(x),), float(t) - max(below, default=self.ends[0]))
+        t = t.to(x.device, torch.float64).expand(len(x))
+        reached = torch.full_like(t, self.ends[0])
+        for end in self.ends[1:]:
+            reached = torch.where(t > end + 1e-6, end, reached)
+        return (t - reached).to(x.dtype)
 
 
 def jumping(d: Denoiser, times: Sequence[float]) -> Jumps:
