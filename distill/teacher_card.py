@@ -115,7 +115,7 @@ def measure_on(d: Denoiser, data: Data, num: int, picture: FilePath) -> dict[str
     others = data.batch(Draws(20_011, 0, 0, num, num, device)).real
     numbers = {f"data_{k}": v for k, v in exam.compare(exam.teacher, exam.real).items()}
     numbers |= {f"real_{k}": v for k, v in exam.compare(others.cpu(), exam.real).items()}
-    if len(data.shape) == 3 and (d.codec is None or d.codec.vae is not None):
+    if len(data.shape) == 3 and (d.codec is None or d.codec.decodes):
         made = decode(d, exam.teacher[:64].to(device))
         images.save_png(picture, images.grid(images.to_uint8(made).cpu(), columns=8))
     return {k: round(v, 5) for k, v in numbers.items()}

@@ -38,7 +38,7 @@ class Exam(NamedTuple):
     real: torch.Tensor | None
     compare: Callable[[torch.Tensor, torch.Tensor], dict[str, float]]
     size: int
-    decode: Callable[[torch.Tensor], torch.Tensor]
+    decode: Callable[[torch.Tensor], torch.Tensor] | None
 
     def sat(self, student: Student) -> torch.Tensor:
         """The student's samples."""
@@ -84,7 +84,9 @@ def set_exam(
     else:
         compare, size = images_by(features_for(data.shape)) if len(data.shape) > 1 else compare_points, count
     real = None if batch.real is None else batch.real.cpu()
-    return Exam(noise, batch.cond, made, real, compare, size, lambda x: decode(teacher, x.to(device)).cpu())
+    shown = teacher.codec is None or teacher.codec.decodes
+    pictures = (lambda x: decode(teacher, x.to(device)).cpu()) if shown else None
+    return Exam(noise, batch.cond, made, real, compare, size, pictures)
 
 
 def _in_pieces(
@@ -146,11 +148,16 @@ def modes_found(x: torch.Tensor, least: float = 0.2) -> int:
 
 
 def draw(path: str | os.PathLike, made: torch.Tensor, exam: Exam, rows: int = 10) -> None:
-    """A picture of the same noise through the teacher (above) and the student (below); points as a scatter."""
+    """A picture of the same noise through the teacher (above) and the student (below); points as a scatter.
+
+    None of latents whose autoencoder is not at hand.
+    """
     from ..eval import images
 
     if made.ndim == 2:
         return _scatter(path, made, exam)
+    if exam.decode is None:
+        return
     both = torch.cat([exam.decode(x[:rows]) for x in (exam.teacher, made)])
     both = both[:, :, 0] if both.ndim == 5 else both  # of a video its first frame
     grid = images.grid(images.to_uint8(both), columns=rows, scale=max(1, 48 // both.shape[-1]))

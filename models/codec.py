@@ -173,6 +173,11 @@ class Codec:
             return self.vae.decode((y / scale * std + mean).to(dtype), return_dict=False)[0].float()
 
     @property
+    def decodes(self) -> bool:
+        """Whether it can make images now: some are known by name only, until an autoencoder is given."""
+        return True
+
+    @property
     def takes_text(self) -> bool:
         """Whether it embeds prompts."""
         return self._embed is not None

@@ -48,6 +48,11 @@ class EDM2Codec(Codec):
         """Images, about -1 to 1, in float32; gradients flow where ``latents`` want them."""
         return self._pieces(self._decode, self._ready(latents))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the autoencoder was given."""
+        return self.vae is not None
+
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
         scale, bias = self._affine()
         half = ((images + 1) / 2).to(self._device, self._dtype)

@@ -52,6 +52,11 @@ class LatentCodec(Codec):
         """Images, about -1 to 1, in float32; gradients flow where ``latents`` want them."""
         return super().decode(self._ready(latents))
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the weights are here."""
+        return self.vae is not None or bool(self._weights)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights under the names that a checkpoint has them by; none, if they are not here."""
         weights = self._weights if self.vae is None else self.vae.state_dict()

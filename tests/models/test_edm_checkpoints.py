@@ -556,3 +556,27 @@ def test_convert_returns_what_it_wrote(tmp_path, foreign):
     }
     with pytest.raises(FileNotFoundError):
         convert(tmp_path / "none.pkl", tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("name", ["ddpmpp", "edm2"])
+def test_a_converted_checkpoint_teaches_a_student(name, tmp_path, foreign):
+    """What `fewstep convert` wrote is a teacher.path, and the student is a network of the same kind that has learnt."""
+    from fewstep.distill.run import run
+
+    if name == "edm2":
+        d, content = edm2_snapshot(foreign)
+    else:
+        d, _ = denoiser(NETS[name])
+        content = snapshot(waved(d.net.eval()), "EDMPrecond", sigma_data=0.5)
+    convert(written(tmp_path, content), tmp_path / "teacher.safetensors")
+    folder = run("dmd2-digits", [
+        f"teacher.path={tmp_path / 'teacher.safetensors'}", "data.path=labels", "train.iters=2", "train.batch=4",
+        "train.critic_steps=1", "report.exam=8", "report.validate=2", "report.grid=2", "threads=1", f"out={tmp_path}",
+    ])  # fmt: skip
+    student = load(folder / "student.safetensors")
+    assert type(student.net) is type(d.net) and student.net.config == d.net.config
+    moved = [not torch.equal(p, q) for p, q in zip(student.net.parameters(), d.net.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+    assert (folder / "grids/00000002.png").is_file() == (
+        name == "ddpmpp"
+    )  # edm2's autoencoder is known by name only
