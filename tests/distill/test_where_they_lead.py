@@ -32,9 +32,8 @@ def slopes(mixture, d, a, b, sigma, name):
     log_q = -0.5 * ((X - b) ** 2 / spread + math.log(2 * math.pi * spread))
     real, fake = d(X[:, None], sigma)[:, 0], X - sigma**2 * (X - b) / spread
     z, mass = a * (X - b) / spread, log_q.exp() * DX
-    if (
-        name == "sim"
-    ):  # int sg[q] |D_f - D_r|^2 / sigma^2: test_score_matching shows that the loss has this gradient
+    if name == "sim":
+        # int sg[q] |D_f - D_r|^2 / sigma^2: test_score_matching shows that the loss has this gradient
         pull = 2 * mass * (fake - real) / spread
         return float((pull * 2 * z).sum()), float(pull.sum())
     ratio = (mixture.log_prob(X[:, None], PATH, sigma) - log_q).exp()
