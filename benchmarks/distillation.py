@@ -8,8 +8,9 @@
 A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, ``--jobs``
 cells run at once, a thread each, and the table goes to benchmarks/results when all are there. Digits are judged on 2000
 held-out starts: Frechet and kernel distance of the classifier's features to all 1797 digits, the median distance to the
-nearest training digit beside that of real held-out ones, and how far the samples of one class lie from their mean
-(diversity), as a share of the digits' own.
+nearest training digit (beside that of real held-out ones), the median distance to some training digits as a share of
+that to as many held-out ones (copying: below 1 where training digits are repeated), and how far the samples of one
+class lie from their mean, as a share of what the digits do (diversity).
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from fewstep.distill.saved import open_student
 from fewstep.distill.validation import compare_points, modes_found
 from fewstep.eval.bench import environment
 from fewstep.eval.demo import Judge
+from fewstep.eval.neighbours import nearest
 from fewstep.models import digits, load
 from fewstep.models.checkpoint import write_atomically
 from fewstep.models.denoiser import Denoiser
-from fewstep.samplers import ddim, grids, heun, sample, starting_noise
+from fewstep.samplers import ddim, grids, heun, sample
+from fewstep.samplers.noise import USER, starting_noise, uniform
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -68,8 +71,16 @@ CONTROL = ["optim.lr=0.0"]  # a student that does not learn: every claim must fa
 def judged_digits(x: torch.Tensor, label: torch.Tensor, judge: Judge) -> dict[str, float]:
     """Quality of samples (N, 1, 8, 8) with their labels."""
     real, classes = (torch.as_tensor(a) for a in digits("all"))
-    return {**judge.quality(x), "diversity": spread(judge.features(x.clamp(-1, 1)), label)
-            / spread(judge.features(real), torch.as_tensor(classes))}  # fmt: skip
+    flat, some = x.clamp(-1, 1).flatten(1), judge.train[: len(judge.held_out)]
+    to_train, to_held_out = (float(nearest(flat, part).distance.median()) for part in (some, judge.held_out))
+    diversity = spread(judge.features(x.clamp(-1, 1)), label) / spread(judge.features(real), classes)
+    return {**judge.quality(x), "copying": to_train / to_held_out, "diversity": diversity}
+
+
+def starts(count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise (N, 1, 8, 8) and labels (N,), drawn and not counted off: KID is unbiased for independent samples only."""
+    label = (uniform(77, torch.arange(count), 1, stream=USER)[:, 0] * 10).long()
+    return starting_noise(77, count, (1, 8, 8)), label
 
 
 def spread(features: torch.Tensor, label: torch.Tensor) -> float:
@@ -80,7 +91,7 @@ def spread(features: torch.Tensor, label: torch.Tensor) -> float:
 
 def digits_cell(folder: Path) -> dict[str, float]:
     student, _, _ = open_student(folder)
-    noise, label = starting_noise(77, 2000, (1, 8, 8)), torch.arange(2000) % 10
+    noise, label = starts()
     return judged_digits(student.sample(noise, {"label": label}, seed=77), label, Judge.digits())
 
 
@@ -108,7 +119,7 @@ def floors_of(task: str, runs: Path) -> dict[str, dict[str, float]]:
 def floors_digits() -> dict[str, dict[str, float]]:
     """The teacher at many calls, and its own Euler steps at few."""
     d, judge = load("digits-edm"), Judge.digits()
-    noise, label = starting_noise(77, 2000, d.shape), torch.arange(2000) % 10
+    noise, label = starts()
     rows = {"teacher, Heun, 35 calls": judged_digits(_made(d, heun(d.path, grids.karras(d.path, 18)), noise, label),
                                                      label, judge)}  # fmt: skip
     for calls in (1, 2, 4, 8):
@@ -117,7 +128,7 @@ def floors_digits() -> dict[str, dict[str, float]]:
             _made(d, table, noise, label), label, judge
         )
     real = rows["teacher, Heun, 35 calls"]["nearest_held_out"]
-    return {"held-out digits": {"nearest": real, "diversity": 1.0}, **rows}
+    return {"held-out digits": {"nearest": real, "copying": 1.0, "diversity": 1.0}, **rows}
 
 
 def floors_mixture() -> dict[str, dict[str, float]]:
@@ -152,6 +163,17 @@ def cell(task: str, name: str, seed: int, runs: Path, threads: int, extra: list[
     numbers = (mixture_cell if task == "mixture" else digits_cell)(folder) | spent
     write_atomically(kept, json.dumps(numbers))
     return numbers
+
+
+def judge_again(task: str, runs: Path, extra: list[str]) -> None:
+    """What is kept of every cell, from its student anew."""
+    for name in TASKS[task]:
+        for seed in SEEDS:
+            kept = kept_at(task, name, seed, runs, extra)
+            if kept.is_file():
+                judged = (mixture_cell if task == "mixture" else digits_cell)(kept.with_suffix(""))
+                write_atomically(kept, json.dumps({**json.loads(kept.read_text()), **judged}))
+    (runs / f"{task}-floors.json").unlink(missing_ok=True)
 
 
 def make(
@@ -209,7 +231,7 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
 def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> str:
     """Markdown: means over seeds, and their range."""
     keys = ["modes", "mmd", "sliced_w2", "core_minutes"] if task == "mixture" else [
-        "fd", "kid", "nearest", "diversity", "core_minutes"]  # fmt: skip
+        "fd", "kid", "nearest", "copying", "diversity", "core_minutes"]  # fmt: skip
     lines = ["| | " + " | ".join(keys) + " | seeds |", "|---|" + "--:|" * (len(keys) + 1)]
     for name, numbers in floors.items():
         cells = [f"{numbers[k]:.3g}" if k in numbers else "" for k in keys]
@@ -217,7 +239,7 @@ def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, 
     for name, numbers in rows.items():
         cells = []
         for key in keys:
-            values = numbers[key]
+            values = numbers.get(key, [float("nan")])
             mean = sum(values) / len(values)
             cells.append(
                 f"{mean:.3g} ({min(values):.3g} .. {max(values):.3g})" if len(values) > 1 else f"{mean:.3g}"
@@ -235,6 +257,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="words of the methods to run")
     parser.add_argument("--seeds", nargs="*", type=int, default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--again", action="store_true", help="judge the students that are there anew")
     parser.add_argument("--jobs", type=int, default=2, help="cells at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -247,6 +270,8 @@ def main() -> None:
     if extra:  # one method stands for all: none of them moves at a rate of 0
         first = next(iter(TASKS[task]))
         arguments.only, arguments.seeds = arguments.only or [first], [0]
+    if arguments.again:
+        judge_again(task, arguments.runs, extra)
     if not arguments.table:
         make(task, arguments.runs, arguments.only, arguments.seeds, arguments.jobs, arguments.threads, extra)
     rows = gathered(task, arguments.runs, extra)
