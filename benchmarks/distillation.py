@@ -6,7 +6,7 @@
     python benchmarks/distillation.py digits --table         # the table of what is there, nothing run
 
 A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, ``--jobs``
-cells run at once, a thread each, and the table goes to benchmarks/results when all are there. Digits are judged on 2000
+cells run at once, a thread each, and the table goes to benchmarks/results when all are there. Digits are judged on 5000
 held-out starts: Frechet and kernel distance of the classifier's features to all 1797 digits, the median distance to the
 nearest training digit (beside that of real held-out ones), the median distance to some training digits as a share of
 that to as many held-out ones (copying: below 1 where training digits are repeated), and how far the samples of one
@@ -77,7 +77,7 @@ def judged_digits(x: torch.Tensor, label: torch.Tensor, judge: Judge) -> dict[st
     return {**judge.quality(x), "copying": to_train / to_held_out, "diversity": diversity}
 
 
-def starts(count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
+def starts(count: int = 5000) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise (N, 1, 8, 8) and labels (N,), drawn and not counted off: KID is unbiased for independent samples only."""
     label = (uniform(77, torch.arange(count), 1, stream=USER)[:, 0] * 10).long()
     return starting_noise(77, count, (1, 8, 8)), label
