@@ -197,6 +197,8 @@ def slopes(tree: Tree, prior: float, least: int = 24) -> np.ndarray:
     if np.isnan(guesses).any():
         return np.full(depth, prior)
     rewards, log = tree.scale * np.array(tree.rewards), tree.log_weights().numpy()
+    largest = max(np.abs(rewards).max(), np.abs(guesses).max(), 1e-300)
+    rewards, guesses = rewards / largest, guesses / largest  # squares are to be finite
     share = _flattened(log, min(max(least, len(log) / 8), 0.9 * len(log)))
     effective = 1 / (share**2).sum()
     away = guesses - (guesses * share).sum(1, keepdims=True)

@@ -305,6 +305,18 @@ def test_a_reward_that_fails_is_named_and_the_tree_goes_on(problem, make, bad, m
     assert len(tree.grow(100).leaves) > len(leaves)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("scale", [1e4, 1e300])
+@pytest.mark.parametrize("grow", ["populations", "walks"])
+def test_weights_that_collapse_leave_one_leaf_and_a_tree_to_go_on_with(problem, grow, scale):
+    d, table = problem
+    tree = tree_sample(d, table, reward, 160, grow=grow, scale=scale, dtype=torch.float64)
+    assert 1 <= tree.ess < 1.01 and np.isfinite(tree.log_z)
+    assert torch.equal(tree.samples(5), tree.best()[0].expand(5, 1))
+    leaves = len(tree.leaves)
+    assert len(tree.grow(80).leaves) > leaves and np.isfinite(tree.log_z)
+
+
 def test_bad_input(problem):
     d, table = problem
     for make in (tree_sample, tree_search):
