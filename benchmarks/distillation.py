@@ -225,6 +225,9 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
         "every student: no closer to training digits than held-out ones are": all(
             numbers["nearest"] >= numbers["nearest_held_out"] for numbers in means.values()
         ),
+        "every student: no closer to training digits than to as many held-out ones (by more than 5 %)": all(
+            numbers["copying"] > 0.95 for numbers in means.values()
+        ),
     }
 
 
