@@ -6,6 +6,7 @@ fewstep solvers
 fewstep table deis --steps 6 --path vp_linear
 fewstep search digits --nfe 5 --out table.json
 fewstep control digits-inpaint num=4 --out inpainted.png
+fewstep eval fid --samples out/ --ref stats.npz
 fewstep teacher digits-flow
 fewstep demo
 """
@@ -27,6 +28,7 @@ VERBS = {
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
     "latents": ("..distill.data.latents", "encodes a data set once by an autoencoder, to train in latents"),
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
+    "eval": (".eval", "measures samples: FID and its kin, and reference statistics for them"),
     "kernels": (".kernels", "lists the ops that have a Triton kernel, and who runs them here"),
     "bench": (".bench", "times every kernel beside torch, torch.compile and the memory's bandwidth"),
     "export": ("..distill.export", "makes a student a diffusers folder, or says why there is none for it"),

@@ -42,7 +42,15 @@ def nearest(x, reference, k: int = 1, chunk: int = 1024) -> Neighbours:
     if k > len(reference):
         raise ValueError(f"k is {k} but reference has {len(reference)} rows; expected at most that many")
     origin = reference.mean(dim=0)
-    x, reference = x - origin, reference - origin
+    return nearest_centred(x - origin, reference - origin, k, chunk)
+
+
+def nearest_centred(x: torch.Tensor, reference: torch.Tensor, k: int, chunk: int) -> Neighbours:
+    """`nearest` of float64 rows that lie about the origin; elsewhere the products' rounding would leave much to search.
+
+    >>> nearest_centred(torch.tensor([[1.0]]), torch.tensor([[-1.0], [1.5]]), 1, 8).distance
+    tensor([[0.5000]])
+    """
     parts = [_nearest_of_chunk(part, reference, k, chunk) for part in x.split(chunk)]
     return Neighbours(torch.cat([p.distance for p in parts]), torch.cat([p.index for p in parts]))
 

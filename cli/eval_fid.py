@@ -1,0 +1,71 @@
+"""``fewstep eval fid --samples out/ --ref stats.npz``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from .arguments import parser_for
+from .eval_arguments import add_features, extractor_of, say_skipped
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; the exit code."""
+    parser = parser_for(
+        "eval fid",
+        "Distances between samples and a reference, each printed with the protocol it was measured under.\n\n"
+        "  fewstep eval fid --samples out/ --ref stats.npz --features inception\n"
+        "  fewstep eval fid --samples out/ --ref digits --metrics fd,kid,prdc\n"
+        "  torchrun --nproc_per_node=8 -m fewstep eval fid --samples out.zip --ref stats.npz --features inception",
+    )
+    parser.add_argument("--samples", required=True, help="a folder, a .zip or an .npz of images, or digits")
+    parser.add_argument(
+        "--ref",
+        required=True,
+        help="statistics (.npz of fewstep, EDM, pytorch-fid, clean-fid, ADM; .pkl of EDM2), or images as for --samples",
+    )
+    parser.add_argument(
+        "--metrics",
+        default="fd",
+        help="some of fd, fd-infinity, fd-by-class, kid, kid-full, is, prdc, cmmd, mmd, sw2 (default: fd, which is "
+        "FID with --features inception)",
+    )
+    parser.add_argument("--jackknife", type=int, metavar="GROUPS", help="a standard error for fd")
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON too")
+    add_features(parser)
+    arguments = parser.parse_args(argv)
+
+    from ..eval import ranks as processes
+    from ..eval.files import written_aside
+    from ..eval.measure import METRICS, MOMENTS_DO, measure
+    from ..eval.protocol import FEATURES
+    from ..eval.seen import reference_of, see
+
+    metrics = [name for name in arguments.metrics.split(",") if name]
+    if wrong := [name for name in metrics if name not in METRICS]:
+        raise ValueError(f"--metrics must be among {', '.join(METRICS)}, got {', '.join(wrong) or 'none'}")
+    ranks = processes.start(arguments.device)
+    try:
+        extractor = extractor_of(arguments, ranks)
+        keep = arguments.jackknife is not None or any(name not in MOMENTS_DO for name in metrics)
+        options = {"batch": arguments.batch, "ranks": ranks, "progress": True}
+        reference = reference_of(arguments.ref, extractor, keep, **options)
+        seen = see(arguments.samples, extractor, arguments.num, keep, skip_bad=arguments.skip_bad, **options)
+        say_skipped(seen, ranks)
+        if not ranks.first:
+            return 0
+        if unknown := reference.protocol.unknown([name for name in FEATURES if name != "rounding"]):
+            print(
+                f"note: {reference.name} says nothing of its {', '.join(unknown)}; taken to be as here",
+                file=sys.stderr,
+            )
+        numbers = measure(seen, reference, metrics, arguments.jackknife)
+        for number in numbers:
+            print(number.line())
+        if arguments.out is not None:
+            with written_aside(arguments.out) as aside:
+                aside.write_text(json.dumps([number.record() for number in numbers], indent=1) + "\n")
+    finally:
+        processes.finish()
+    return 0
