@@ -53,7 +53,7 @@ def smc_steering(
     seed: int = 0,
     ids: torch.Tensor | None = None,
     reward_space: Space = "image",
-    rows: int = 256,
+    rows: int = 64,
 ) -> tuple[torch.Tensor, Drawn]:
     """One sample for each row of ``noise``, out of ``particles`` each, the first of which opens with it.
 

@@ -53,7 +53,7 @@ def svdd(
     seed: int = 0,
     ids: torch.Tensor | None = None,
     reward_space: Space = "image",
-    rows: int = 256,
+    rows: int = 64,
 ) -> tuple[torch.Tensor, Drawn]:
     """The best of ``particles`` (with ``keep="draw"`` the first) for each row of ``noise``, by ``width`` proposals.
 

@@ -75,7 +75,7 @@ def score(reward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, depth
     return Ask("score", depth, reward, (x,))
 
 
-def together(walks: Iterable[Walk[Result]], rows: int = 256) -> list[Result]:
+def together(walks: Iterable[Walk[Result]], rows: int = 64) -> list[Result]:
     """Run them all; their results, in order. Asks of different walks share a batch while it holds ``rows`` samples.
 
     Whatever an answer raises ends them all.

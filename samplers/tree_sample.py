@@ -69,7 +69,7 @@ def tree_sample(
     ess: float = 0.5,
     widen: tuple[float, float] = (1.0, 0.5),
     explore: float = 0.0,
-    rows: int = 256,
+    rows: int = 64,
     **sample: Any,
 ) -> Any:
     """A tree of samples of p exp(scale r):  ``tree_sample(d, table, reward, budget=2_000)``  -> ``Tree``.
