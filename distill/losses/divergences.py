@@ -97,7 +97,8 @@ def level_means(
     ``level`` (B,) in [0, 1] is the quantile of t under the law that t is drawn from, so all bins fill alike
     (equal widths in sigma put two thirds of EDM's draws into one bin). A bin remembers about ``memory`` samples, and
     starts with ``prior`` samples at the theory's mean of 1: one sample alone in its bin must not be divided by itself,
-    which would erase the ratio in small batches. ``reduce`` sums over ranks.
+    which would erase the ratio in small batches. ``reduce`` sums over ranks. A ratio that is not finite leaves no trace
+    in the state: the batch is lost, and those that come after it are not.
 
     >>> state, m = level_means(LevelMeans.start(2), torch.tensor([2.0, 2.0]), torch.tensor([0.1, 0.2]), prior=2.0)
     >>> m                                                   # two samples at 2, two of the prior at 1
@@ -105,8 +106,9 @@ def level_means(
     """
     bins = len(state.count)
     index = (level * bins).long().clamp(0, bins - 1)
-    here = reduce(torch.zeros_like(state.count).index_add_(0, index, torch.ones_like(ratio)))
-    total = reduce(torch.zeros_like(state.total).index_add_(0, index, ratio.detach()))
+    ratio, seen = ratio.detach(), ratio.isfinite()
+    here = reduce(torch.zeros_like(state.count).index_add_(0, index, seen.to(ratio.dtype)))
+    total = reduce(torch.zeros_like(state.total).index_add_(0, index, torch.where(seen, ratio, 0)))
     keep = torch.exp(-here / memory)  # a bin forgets by what it sees, not by the clock
     state = LevelMeans(state.total * keep + total, state.count * keep + here)
     return state, ((state.total + prior) / (state.count + prior))[index]

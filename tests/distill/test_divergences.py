@@ -137,6 +137,13 @@ def test_one_sample_a_bin_keeps_most_of_its_ratio():
     assert (ratio / mean)[0] < 0.25 and (ratio / mean)[1] > 3  # the batch's own mean would make all of them 1
 
 
+def test_a_ratio_that_is_not_finite_leaves_no_trace_in_the_means():
+    level = torch.tensor([0.05, 0.55, 0.55])
+    bad, _ = level_means(LevelMeans.start(10), torch.tensor([2.0, float("nan"), 3.0]), level)
+    good, _ = level_means(LevelMeans.start(10), torch.tensor([2.0, 3.0]), level[[0, 2]])
+    assert all(torch.equal(a, b) for a, b in zip(bad, good, strict=True))
+
+
 def test_the_running_mean_finds_each_level_s_own():
     random = torch.Generator().manual_seed(3)
     state, means = LevelMeans.start(4), []

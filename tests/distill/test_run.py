@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -215,6 +216,23 @@ def test_losses_that_are_not_finite_are_skipped_counted_and_at_last_fatal(tmp_pa
     assert all(torch.isfinite(t).all() for t in load_file(folder / "student.safetensors").values())
     with pytest.raises(BadBatches, match="train.bad_limit = 1"):
         tiny(tmp_path / "limit", "train.iters=4", "train.bad_limit=1")
+
+
+def test_data_that_are_not_finite_cost_their_batch_and_no_other(tmp_path, monkeypatch):
+    from fewstep.distill.data import Data
+
+    honest = Data.batch
+
+    def sometimes(self, draws):
+        batch = honest(self, draws)
+        broken = draws.turn in (4, 5) and draws.seed == 0  # the critic's second of a turn, and the student's
+        return batch._replace(real=batch.real * float("nan")) if broken else batch
+
+    monkeypatch.setattr(Data, "batch", sometimes)
+    folder = tiny(tmp_path, "train.iters=4", *METHODS["fdistill"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["bad"] for line in lines] == [0, 1, 1, 1]  # the student's turn needs no real data
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 @pytest.mark.parametrize("method", ["dmd2", "fdistill"])
