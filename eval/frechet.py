@@ -48,7 +48,7 @@ def frechet_distance(a, b) -> float:
     shift = (a.mean - b.mean.to(a.mean.device)).square().sum()
     if isinstance(a, Gaussian) and isinstance(b, Gaussian):
         spread = a.cov.trace() + b.cov.trace().to(a.cov.device)
-        overlap = _overlap(a, b._replace(cov=b.cov.to(a.cov.device)))
+        overlap = trace_term(a, b._replace(cov=b.cov.to(a.cov.device)))
     else:
         factor_a, factor_b = _factor(a, "a"), _factor(b, "b").to(a.mean.device)
         spread = factor_a.square().sum() + factor_b.square().sum()
@@ -80,6 +80,28 @@ def covariance_factor(cov: torch.Tensor, n: int | None = None) -> torch.Tensor:
         )
     rank = dim if n is None else min(dim, n - 1)
     return vectors[:, dim - rank :] * values[dim - rank :].clamp_min(0).sqrt()
+
+
+def trace_term(a: Gaussian, b: Gaussian) -> torch.Tensor:
+    """tr (A^1/2 B A^1/2)^1/2: by eigenvalues where they are good enough, else by singular values.
+
+    >>> a, b = torch.tensor([4.0, 9.0]).double(), torch.tensor([1.0, 16.0]).double()
+    >>> float(trace_term(Gaussian(a, a.diag()), Gaussian(b, b.diag())))          # 2 * 1 + 3 * 4
+    14.0
+    """
+    dim = len(a.mean)
+    if all(n is None or n > dim for n in (a.n, b.n)):
+        lower, failed = torch.linalg.cholesky_ex(a.cov)
+        if not int(failed):
+            values = torch.linalg.eigvalsh(_congruent(lower, b.cov))
+            # An eigenvalue is off by some eps of the largest, either way; half of that over a root is its root's.
+            error = 8 * torch.finfo(values.dtype).eps * values[-1]
+            root = values.clamp_min(0).sqrt()
+            loss = torch.minimum(error / (2 * root), error.sqrt()).square().sum().sqrt()
+            spread = a.cov.trace() + b.cov.trace()
+            if bool(values[0] > -error) and bool(loss <= LOSS_ALLOWED * spread):
+                return root.sum()
+    return torch.linalg.svdvals(_factor(a, "a").T @ _factor(b, "b")).sum()
 
 
 class _Centred(NamedTuple):
@@ -129,23 +151,6 @@ def _factor(x: Gaussian | _Centred, name: str) -> torch.Tensor:
         return covariance_factor(x.cov, x.n)
     except ValueError as err:
         raise ValueError(f"{name}: {err}") from None
-
-
-def _overlap(a: Gaussian, b: Gaussian) -> torch.Tensor:
-    """tr (A^1/2 B A^1/2)^1/2: by eigenvalues where they are good enough, else by singular values."""
-    dim = len(a.mean)
-    if all(n is None or n > dim for n in (a.n, b.n)):
-        lower, failed = torch.linalg.cholesky_ex(a.cov)
-        if not int(failed):
-            values = torch.linalg.eigvalsh(_congruent(lower, b.cov))
-            # An eigenvalue is off by some eps of the largest, either way; half of that over a root is its root's.
-            error = 8 * torch.finfo(values.dtype).eps * values[-1]
-            root = values.clamp_min(0).sqrt()
-            loss = torch.minimum(error / (2 * root), error.sqrt()).square().sum().sqrt()
-            spread = a.cov.trace() + b.cov.trace()
-            if bool(values[0] > -error) and bool(loss <= LOSS_ALLOWED * spread):
-                return root.sum()
-    return torch.linalg.svdvals(_factor(a, "a").T @ _factor(b, "b")).sum()
 
 
 def _congruent(lower: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
