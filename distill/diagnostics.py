@@ -22,6 +22,7 @@ from .draws import Draws
 from .levels import Times
 from .losses import x0_weight
 from .players import Batch, Players
+from .precision import autocast
 from .training import Trainer
 
 NEXT_TO_NOTHING = 0.01  # of the teacher's denoising error
@@ -83,11 +84,13 @@ def diagnose(trainer: Trainer, batches: int = 4) -> dict[str, float]:
     """``critic_numbers`` on so many batches that no turn sees; nothing for a method that has no critic."""
     if "critic" not in trainer.trained:
         return {}
-    seed, count = trainer.recipe.seed ^ 0xD1A6, trainer.recipe.train.batch // trainer.recipe.train.accumulate
+    train, ranks = trainer.recipe.train, trainer.ranks
+    seed, count = trainer.recipe.seed ^ 0xD1A6, train.batch // (train.accumulate * ranks.world)
     found = []
     for k in range(batches):
-        draws = Draws(seed, trainer.iteration * batches + k, 0, count, count, trainer.ranks.device)
-        found.append(examined(trainer.method, trainer.players, trainer.data.batch(draws)))
+        draws = Draws(seed, trainer.iteration * batches + k, 0, count, count, ranks.device)
+        with autocast(train.precision, ranks.device):
+            found.append(examined(trainer.method, trainer.players, trainer.data.batch(draws)))
     return critic_numbers(Examined(*(torch.cat(parts) for parts in zip(*found, strict=True))))
 
 

@@ -18,6 +18,7 @@ from .data import Data
 from .draws import Draws
 from .parallel import ALONE, Ranks, average_gradients, whole
 from .players import Players, frozen
+from .precision import autocast
 from .schema import DistillRecipe
 
 
@@ -93,7 +94,7 @@ class Trainer:
         count = train.batch // parts
         optimizer.zero_grad(set_to_none=True)
         numbers: dict[str, torch.Tensor] = {}
-        half = torch.autocast(ranks.device.type, torch.bfloat16, enabled=train.precision == "bf16")
+        half = autocast(train.precision, ranks.device)
         batches = []
         for part in range(train.accumulate):
             first = (ranks.rank * train.accumulate + part) * count
@@ -194,7 +195,7 @@ class swapped:  # noqa: N801 (used as a function)
 
 
 def warm_up(
-    net: Denoiser, teacher: Denoiser, data: Data, seed: int, iters: int, batch: int, lr: float = 1e-3
+    net: Denoiser, teacher: Denoiser, data: Data, seed: int, iters: int, batch: int, lr: float = 2e-3
 ) -> None:
     """Teach a fresh network the teacher's own estimates, all levels, so that it can stand for a copy of the teacher."""
     from .levels import Times, time_at
