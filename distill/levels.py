@@ -48,7 +48,7 @@ def time_at(times: Times, path: paths.Path, share: torch.Tensor, above: float | 
         if above is None:
             return shifted(path, least + share * (path.t_max - least))
         t = least + share * (path.t_max - least)
-    if times.kind == "karras":
+    elif times.kind == "karras":
         level, back = (path.rho, path.time_of_rho) if path.name != "flow" else (lambda t: t, lambda t: t)
         first, last = float(level(least)) ** (1 / 7), float(level(path.t_max)) ** (1 / 7)
         t = back((first + share * (last - first)) ** 7)

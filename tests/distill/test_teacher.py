@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 
 from fewstep.distill import recipe as recipes
 from fewstep.distill.draws import Draws
-from fewstep.distill.levels import Times, draw_times
+from fewstep.distill.levels import Times, draw_times, time_at
 from fewstep.distill.regression import Regression, average, denoising_loss, learning_rate, null_some, target
 from fewstep.distill.teacher import TeacherRecipe, begin, main, read, run
 from fewstep.models import paths
@@ -67,6 +67,17 @@ def test_times_follow_their_distribution_and_fill_every_stratum(path, times):
         # stratified: moments are far closer than 4000 independent draws would bring them (.016 and .011)
         assert abs(z.mean() - times.mean) < 2e-3 and abs(z.std() - times.std) < 6e-3
     assert (t.diff() > 0).float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "karras"])
+def test_a_phase_has_the_times_from_its_end_up(kind):
+    path, share = paths.flow(), torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    t = time_at(Times(kind), path, share, above=0.4)
+    assert t[0] == pytest.approx(0.4) and t[2] == path.t_max
+    middle = 0.7 if kind == "uniform" else ((0.4 ** (1 / 7) + 1) / 2) ** 7
+    assert float(t[1]) == pytest.approx(middle)
+    with pytest.raises(ValueError, match="uniform, karras here, got 'lognormal'"):
+        time_at(Times("lognormal"), path, share, above=0.4)
 
 
 def test_unknown_times_are_named():
