@@ -62,7 +62,7 @@ def start(device: str = "auto") -> Ranks:
     if device.startswith("cuda") and world > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     where = torch.device(device)
-    if where.type == "cuda":
+    if where.type == "cuda" and where.index is not None:  # without a number it is the current one
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")

@@ -279,3 +279,14 @@ def test_recipes_that_cannot_be_trained_are_refused(options, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         run(recipe, [*options, f"out={tmp_path}"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_gpu_is_the_current_one(monkeypatch):
+    """torch.cuda.set_device refuses a device without a number, which is what one process asks for."""
+    from fewstep.distill import parallel
+
+    asked = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device.index))
+    assert parallel.start("cuda").device.type == "cuda" and asked == []
+    parallel.start("cuda:1")
+    assert asked == [1]
