@@ -1,13 +1,13 @@
-"""Trees beside best-of-n, importance sampling, SMC steering, SVDD and gradient guidance, at equal network calls.
+"""Tree sampling beside importance sampling, SMC steering, SVDD and gradient guidance, at equal network calls.
 
     python benchmarks/trees.py                               everything that is not in the results yet, then the tables
     python benchmarks/trees.py --seconds 200                 stop after so long; the next run goes on from there
     python benchmarks/trees.py --table                       print the tables from the results as they are
 
-Sampling: the target is p exp(scale r), p being the law of the sampler itself. A method's samples (weighted, where it
-has weights) are compared by W1 with a reference by importance sampling over many more rollouts, in units of the
-target's standard deviation; with the best reward that was seen. Search: the best reward at a budget, beside the mean
-best of n rollouts, and how many rollouts best-of-n needs for it. A differentiated call counts as three.
+The target is p exp(scale r), p being the law of the sampler itself. A method's samples (weighted, where it has weights)
+are compared by W1 with a reference by importance sampling over many more rollouts, in units of the target's standard
+deviation; with the best reward that was seen. A differentiated call counts as three. What search finds:
+``tree_search.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from fewstep.eval import bench
 from fewstep.eval.files import written_aside
 from fewstep.models import GaussianMixture, load, paths
-from fewstep.models.rewards import class_probability, compressibility, ink
+from fewstep.models.rewards import class_probability, ink
 from fewstep.samplers import ddim, grids, sample, starting_noise
 from fewstep.samplers.best_of_n import best_of_n, importance
 from fewstep.samplers.dps import dps
@@ -35,7 +35,7 @@ from fewstep.samplers.tree_sample import tree_sample
 from fewstep.samplers.tree_search import tree_search
 
 RESULTS = Path(__file__).parent / "results" / "trees-cpu.json"
-SEEDS, FEWER = 16, 4  # of mixtures at the first budget; of all else, where a run takes seconds
+SEEDS = {1000: 32, 4000: 16, 600: 8}  # by budget; those of 600 calls are the digits
 
 
 class Case(NamedTuple):
@@ -72,14 +72,7 @@ def undecided(x: torch.Tensor) -> torch.Tensor:
     return torch.minimum(three, eight)
 
 
-DIGITS = {
-    "much ink": ink(),
-    "little ink": lambda x: -ink()(x),
-    "compressible": compressibility(),
-    "log p(3)": class_probability(3, log=True),
-    "log p(7)": class_probability(7, log=True),
-    "undecided": undecided,
-}
+DIGITS = {"much ink": ink(), "log p(7)": class_probability(7, log=True), "undecided": undecided}
 MIXTURES = {
     "mixture, easy": lambda: mixture(1, lambda x: -(x[:, 0] + 2).abs(), 1.5),
     "mixture, rare": lambda: mixture(1, lambda x: -((x[:, 0] + 3.3) ** 2), 10.0),
@@ -94,7 +87,7 @@ TILTED = {
     "digits: 3 or 8, misleading": ("undecided", 20.0),
 }
 CASES = {**MIXTURES, **{k: (lambda r=r, s=s: digit(DIGITS[r], s)) for k, (r, s) in TILTED.items()}}
-PARTS, PART = 2, 2048  # rollouts of the digits teacher, for references and for the best of n
+PARTS, PART = 2, 2048  # rollouts of the digits teacher, for references
 
 
 def tree(case: Case, budget: int, seed: int, **options):
@@ -219,18 +212,6 @@ def w1(x: np.ndarray, weights: np.ndarray, picked: np.ndarray) -> float:
     return float((np.abs(steps.cumsum())[:-1] * np.diff(every[order])).sum())
 
 
-# --- search on digits -------------------------------------------------------------------------------------------------
-
-SEARCH = ("much ink", "little ink", "compressible", "log p(3)")
-BUDGETS = (192, 384)
-
-
-def search_cell(name: str, budget: int, seed: int, grow: str) -> float:
-    case = digit(DIGITS[name], 1.0)
-    made = tree_search(case.d, case.table, case.reward, budget, grow=grow, seed=seed, cond=case.cond, batch=8)
-    return float(made.best()[1])
-
-
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
@@ -240,26 +221,11 @@ def jobs():
         yield f"rollouts|{i}", lambda known, i=i: part(i)
     for name in CASES:
         yield f"reference|{name}", lambda known, name=name: reference(name, known)
-    for name, budget, seed in plan():
-        for method in METHODS:
-            key = f"sample|{name}|{budget}|{method}|{seed}"
-            yield key, lambda known, a=(name, budget, method, seed): cell(known, *a)
-        if name == "digits: much ink":
-            for key in (
-                (r, str(b), g, str(seed)) for r in SEARCH for b in BUDGETS for g in ("improvement", "bounds")
-            ):
-                yield (
-                    "|".join(("search", *key)),
-                    lambda known, a=key: search_cell(a[0], int(a[1]), int(a[3]), a[2]),
-                )
-
-
-def plan():
-    """Cases, budgets and seeds: half of the mixtures' seeds, then the digits, then the rest, then larger budgets."""
-    for first, last in ((0, SEEDS // 2), (SEEDS // 2, SEEDS)):
-        yield from ((name, 1000, seed) for seed in range(first, last) for name in MIXTURES)
-        yield from ((name, 600, seed) for seed in range(0, FEWER if not first else 0) for name in TILTED)
-    yield from ((name, 4000, seed) for seed in range(FEWER) for name in MIXTURES)
+    for seed in range(max(SEEDS.values())):
+        for budget, name in [(b, n) for n in MIXTURES for b in (1000, 4000)] + [(600, n) for n in TILTED]:
+            for method in METHODS if seed < SEEDS[budget] else ():
+                key = f"sample|{name}|{budget}|{method}|{seed}"
+                yield key, lambda known, a=(name, budget, method, seed): cell(known, *a)
 
 
 def cell(known: dict, name: str, budget: int, method: str, seed: int) -> dict[str, Any]:
@@ -307,41 +273,54 @@ def tables(known: dict) -> str:
                     f"{best:.4g}",
                 ]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines + search_table(known))
+        lines += ["", *(nearest(known, name, budget) for budget in budgets), ""]
+    return "\n".join(lines + ahead(known))
 
 
-def search_table(known: dict) -> list[str]:
-    if f"rollouts|{PARTS - 1}" not in known:
-        return []
+RIVALS = ("the paper's walks", "importance sampling", "SMC steering", "SVDD", "DPS")
+
+
+def ahead(known: dict) -> list[str]:
+    """W1 of the rivals less tree sampling's, seed by seed."""
     lines = [
-        "## Search on the digits", "",
-        "Mean best reward; behind it how many rollouts best-of-n needs for that mean, over how many the budget would",
-        "pay for (`>` beyond 1024 rollouts).", "",
-        "| reward | growth | " + " | ".join(f"{b} calls" for b in BUDGETS) + " |",
-        "|---|---|" + "--:|" * len(BUDGETS),
+        "## How far tree sampling is ahead", "",
+        "W1 of the other less that of tree sampling, paired by seeds, with the standard error of the mean: positive",
+        "where tree sampling is nearer to the target.", "",
+        "| case | calls | " + " | ".join(RIVALS) + " |", "|---|--:|" + "--:|" * len(RIVALS),
     ]  # fmt: skip
-    for name in SEARCH:
-        rewards = np.sort(np.array(pooled(known, name)))
-        upto = np.arange(1, len(rewards) + 1) / len(rewards)
-        mean_best = [
-            float((rewards * (upto**n - (upto - 1 / len(rewards)) ** n)).sum()) for n in range(1, 1025)
-        ]
-        for grow, label in (("improvement", "ours"), ("bounds", "the paper's UCT")):
-            cells = []
-            for budget in BUDGETS:
-                found = [v for k, v in known.items() if k.startswith(f"search|{name}|{budget}|{grow}|")]
-                if not found:
-                    cells.append("")
-                    continue
-                mean = float(np.mean(found))
-                needed = next((n for n, value in enumerate(mean_best, 1) if value >= mean), None)
-                ratio = f"{needed / (budget / 12):.1f}" if needed else f"> {1024 / (budget / 12):.0f}"
-                cells.append(f"{mean:.4f} +- {error(found):.4f} ({len(found)} runs), {ratio} x")
-            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
-        cells = [f"{mean_best[budget // 12 - 1]:.4f}" for budget in BUDGETS]
-        lines.append(f"| {name} | best of n | " + " | ".join(cells) + " |")
+    for name in CASES:
+        for budget in sorted(SEEDS):
+            found = [lead(known, name, budget, rival, "tree sampling") for rival in RIVALS]
+            if any(map(len, found)):
+                cells = [f"{np.mean(gaps):+.3f} +- {error(gaps):.3f}" if len(gaps) else "" for gaps in found]
+                lines.append(f"| {name} | {budget} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def lead(known: dict, name: str, budget: int, other: str, one: str) -> np.ndarray:
+    """W1 of the other method less that of the one, seed by seed."""
+
+    def of(method: str) -> dict[str, float]:
+        begin = f"sample|{name}|{budget}|{method}|"
+        return {k.removeprefix(begin): v["w1"] for k, v in known.items() if k.startswith(begin)}
+
+    ours, theirs = of(one), of(other)
+    return np.array([theirs[seed] - ours[seed] for seed in ours if seed in theirs])
+
+
+def nearest(known: dict, name: str, budget: int) -> str:
+    """Whoever is nearest to the target, and who is not further than that by two standard errors of the difference."""
+    ways = {
+        m: [v["w1"] for k, v in known.items() if k.startswith(f"sample|{name}|{budget}|{m}|")]
+        for m in METHODS
+    }
+    first = min((m for m in ways if ways[m]), key=lambda m: np.mean(ways[m]))
+    rest = {m: lead(known, name, budget, m, first) for m in ways if m != first and ways[m]}
+    close = [m for m, gaps in rest.items() if len(gaps) > 1 and gaps.mean() < 2 * error(gaps)]
+    beside = (
+        f"; not told apart from it: {', '.join(close)}" if close else ", by more than two standard errors"
+    )
+    return f"Nearest at {budget} calls: {first}{beside}."
 
 
 def write(known: dict) -> None:

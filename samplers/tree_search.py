@@ -11,7 +11,9 @@ below (``backup="max"``); s is the standard deviation of all rewards so far, so 
 ``grow="improvement"`` is ours and goes a move at a time. Denoised (Tweedie) rewards predict, by a regression on the
 rewards at the leaves so far, what a node's leaves will be worth and how surely; every call goes where its expected
 improvement on the best reward, E[max(r - best, 0)] over the calls that a leaf still costs, is largest: to a node that
-waits to be gone on from, or to a sibling of one that was. Nodes of bad prospects are never finished.
+waits to be gone on from, or to a sibling of one that was. Nodes of bad prospects are never finished. Rewards count by
+their ranks, so that the search is the same for every increasing function of the reward, as best-of-n is: one that
+saturates, like a log-probability, is told apart near its end as well as far from it.
 
     >>> from fewstep.models import GaussianMixture, paths
     >>> from fewstep.samplers import ddim, grids
@@ -42,7 +44,7 @@ from .tree import ROOT, Tree
 from .tree_growth import by_traversals, cost, planted, step_from
 from .tree_sample import check_batch, check_share, check_widen
 
-FIRST = 8  # whole rollouts before anything is predicted
+FIRST = 4  # whole rollouts before anything is predicted
 
 
 def tree_search(
@@ -66,7 +68,7 @@ def tree_search(
     reward_space: Space = "image",
     memory: int | None = None,
     batch: int | None = None,
-    rows: int = 256,
+    rows: int = 64,
     **sample: Any,
 ) -> Any:
     """A tree grown towards high rewards:  ``tree_search(d, table, reward, budget=2_000)``  -> ``Tree``.
@@ -154,24 +156,27 @@ def by_improvement(tree: Tree, batch: int, fresh: float) -> Walk[None]:
 def prospects(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
     """(nodes,) each: the expected improvement a call by another child of each node, and the calls of that child alone.
 
-    Rewards below a node are taken for normal, with the conjugate prior (normal-inverse-gamma) that its depth gives:
-    the mean is the prediction  a + b r(x0_hat),  worth one leaf; the variance half of what that regression leaves
-    open (the other half being the prediction's own error), worth two. What hangs below the node does the rest: leaves
-    by their rewards, and nodes that nobody went on from by their predictions.
+    Rewards count by rank among the leaves, guesses by rank among those of their depth, as normal scores. Rewards below
+    a node are then normal, with the conjugate prior (normal-inverse-gamma) that its depth gives: the mean is the
+    prediction  a + b r(x0_hat),  worth one leaf; the variance half of what that regression leaves open (the other half
+    being the prediction's own error), worth two. What hangs below the node does the rest: leaves by their rewards, and
+    nodes that nobody went on from by their predictions.
     """
     chain = tree.chain
     parent, depth, guess = np.array(tree.parent), np.array(tree.depth), np.array(tree.guess)
-    rewards, leaves = np.array(tree.rewards), np.array(tree.leaves)
-    mean, open_ = np.full(len(parent), rewards.mean()), np.full(len(parent), rewards.var())
+    rewards, leaves = normal_scores(np.array(tree.rewards)), np.array(tree.leaves)
+    mean, open_ = np.zeros(len(parent)), np.full(len(parent), rewards.var())
     at = leaves
     for level in range(chain.depth - 1, -1, -1):
         at, here = parent[at], depth == level
-        away = guess[at] - guess[at].mean()
-        if np.isnan(away).any() or len(leaves) < 3:
+        if len(leaves) < 3 or np.isnan(guess[here]).any():
             continue
+        guess[here] = normal_scores(guess[here])
+        centre = guess[at].mean()
+        away = guess[at] - centre
         slope = max((away * rewards).sum() / max((away**2).sum(), 1e-300), 0.0)
-        mean[here] = rewards.mean() + slope * (guess[here] - guess[at].mean())
-        open_[here] = ((rewards - rewards.mean() - slope * away) ** 2).sum() / (len(leaves) - 2)
+        mean[here] = slope * (guess[here] - centre)
+        open_[here] = ((rewards - slope * away) ** 2).sum() / (len(leaves) - 2)
     value, doubt = mean.copy(), open_.copy()
     value[leaves], doubt[leaves] = rewards, 0.0
     count, total, squares = np.zeros((3, len(parent)))
@@ -198,6 +203,17 @@ def prospects(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
     )
     worth = improvement(mu, sd, rewards.max()) / np.array([*whole, np.inf])[depth + 1]
     return np.where(depth == chain.depth, -1.0, worth), np.array([*alone, 0])[depth + 1]
+
+
+def normal_scores(values: np.ndarray) -> np.ndarray:
+    """The standard normal's quantiles at (rank - 1/2) / n; equals share their middle rank.
+
+    >>> normal_scores(np.array([0.0, 100.0, 0.0, -1e9])).round(4).tolist()
+    [0.0, 1.1503, 0.0, -1.1503]
+    """
+    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle = (counts.cumsum() - counts / 2) / len(values)
+    return torch.special.ndtri(torch.as_tensor(middle)).numpy()[where]
 
 
 def improvement(mean: np.ndarray, spread: np.ndarray, best: float) -> np.ndarray:
