@@ -133,7 +133,7 @@ class DistillRecipe:
 
 
 # What may change between a run and its resumption: how long, how it reports, where it runs.
-FREE = ("train.iters", "report", "out", "device", "threads")
+FREE = ("train.iters", "report", "out", "device", "threads", "data.ahead")
 
 
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[DistillRecipe, Any]:
