@@ -67,7 +67,7 @@ def inception(module: Any, state: dict[str, torch.Tensor]) -> nn.Module:
             "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=content
         )
     except RuntimeError as error:
-        raise ValueError(f"the weights are not those of FID's InceptionV3: {error}") from error
+        raise ValueError(f"the weights are not those of FID's InceptionV3: {_short(error)}") from error
 
 
 def dinov2(state: dict[str, torch.Tensor], name: str = "dinov2_vitl14") -> nn.Module:
@@ -87,7 +87,7 @@ def dinov2(state: dict[str, torch.Tensor], name: str = "dinov2_vitl14") -> nn.Mo
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights are not those of {name}: {error}") from error
+        raise ValueError(f"the weights are not those of {name}: {_short(error)}") from error
     return network
 
 
@@ -124,6 +124,12 @@ class _Normalised(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Features:
         return Features(self.network((x - self.mean) / self.std))
+
+
+def _short(error: Exception) -> str:
+    """torch lists every key; the first few say enough."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def _module(name: str) -> Any:
