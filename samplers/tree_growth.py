@@ -236,7 +236,9 @@ def planted(
     if reward is None:
         raise TypeError("reward must be given: a function of samples (B, ...) to (B,)")
     if unknown := [key for key in sample if key not in SAMPLE]:
-        raise TypeError(f"tree_{'search' if growth['method'] in SEARCH else 'sample'} takes no {unknown[0]!r}")
+        raise TypeError(
+            f"tree_{'search' if growth['method'] in SEARCH else 'sample'} takes no {unknown[0]!r}"
+        )
     judge = checked(reward, d.codec, space)
     check_budget(budget)
     common = dict(seed=seed, levels=levels, **sample)
