@@ -10,6 +10,7 @@ A scheduler of diffusers has a grid of its own, so a student fits where its time
     VP without               DDPMPipeline + LCMScheduler
     flow without classes     DDPMPipeline + FlowMatchEulerDiscreteScheduler, stochastic or not
     flow with classes        one call: ConsistencyModelPipeline, the change of scale in the first and the last weights
+    of a whole pipeline      that pipeline, see ``stock_pipelines``
 
 The network sees as many times as there are calls. What they are to it, with the gap of an average velocity, is written
 into the weights of its time embedding (``bake_times``), so its clock need not be diffusers'. Everything else stays what
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +32,18 @@ from ..models.denoiser import Denoiser
 from ..models.jumps import Jumps
 from ..models.unet import UNet, time_features
 from .card import model_card
+from .stock import NoStockPipeline, Stock
+from .stock_pipelines import stock_pipeline
 from .student import Student
 
 TRAIN_STEPS = 1000
 FINE_STEPS = 1_000_000  # of a grid on which any time lies to 1e-5 of itself
 
 
-class Stock(NamedTuple):
-    """A pipeline of diffusers' own, and the arguments by which it makes what the student makes."""
-
-    pipeline: Any
-    call: dict[str, Any]
-
-
-class NoStockPipeline(ValueError):
-    """No pipeline of diffusers can run this student; the message says why."""
-
-
 def stock(student: Student) -> Stock:
-    """The diffusers pipeline that runs a pixel student; ``NoStockPipeline`` where there is none."""
+    """The diffusers pipeline that runs a student; ``NoStockPipeline`` where there is none."""
+    if getattr(student.d.codec, "pipe", None) is not None:
+        return stock_pipeline(student)
     d, times = student.d, [float(t) for t in student.table.times[:-1]]
     if not isinstance(d.net, UNet):
         raise NoStockPipeline(
@@ -226,10 +220,14 @@ def save(student: Student, out: Path, name: str, record: dict[str, str]) -> Stoc
 def card(student: Student, found: Stock, name: str, record: dict[str, str]) -> str:
     """The model card: what it is, how it is called, what it was measured to be."""
     arguments = dict(found.call)
-    if student.d.net.null_label is not None:
-        arguments["class_labels"] = list(range(student.d.net.null_label))
-        arguments["batch_size"] = student.d.net.null_label
+    classes = getattr(student.d.net, "null_label", None)
+    if classes is not None:
+        arguments |= {"class_labels": list(range(classes)), "batch_size": classes}
+    elif student.d.codec is not None and student.d.codec.null is not None:
+        arguments["class_labels"] = [0]
     spoken = ", ".join(f"{k}={v}" for k, v in arguments.items())
+    if getattr(student.d.codec, "takes_text", False):
+        spoken = f'"a fox", {spoken}'
     head = f"---\nlibrary_name: diffusers\nbase_model_relation: finetune\ntags: [few-step, distillation]\n---\n\n"  # noqa: F541
     call = f'```python\nfrom diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("PATH")\nimages = pipe({spoken}).images\n```'  # noqa: E501
     rows = {
@@ -264,7 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoStockPipeline as reason:
         files = f"{arguments.run / 'student.safetensors'} --table {arguments.run / 'table.json'}"
         print(f"no pipeline of diffusers runs {arguments.run}: {reason}.")
-        print(f"It stays a fewstep checkpoint: fewstep sample {files}")
+        if student.d.config is None:
+            files = f"its weights are {arguments.run / 'student.safetensors'}, distill.saved.open_student reads them"
+        else:
+            files = f"fewstep sample {files}"
+        print(f"It stays a fewstep checkpoint: {files}")
         return 1
     kind = type(found.pipeline).__name__
     print(

@@ -126,7 +126,6 @@ def merged_state(net: nn.Module, name: str) -> dict[str, torch.Tensor]:
             weight = whole(state[key])
             if up.shape[0] * down.shape[1] != weight.numel():
                 raise ValueError(f"{path} is a convolution in groups, which LoRA is not merged into")
-            state[key] = (weight.float() + (up @ down).reshape(weight.shape) * layer.scaling[name]).to(
-                weight.dtype
-            )
+            # in float32: a student's difference to a bf16 weight would be rounded away
+            state[key] = weight.float() + (up @ down).reshape(weight.shape) * layer.scaling[name]
     return state

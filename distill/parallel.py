@@ -14,7 +14,7 @@ from torch import nn
 
 from ..eval.ranks import ALONE, Ranks, finish, start
 
-__all__ = ["ALONE", "Ranks", "average_gradients", "finish", "shard", "start", "whole"]
+__all__ = ["ALONE", "Ranks", "average_gradients", "finish", "shard", "start", "units", "whole"]
 SHARDS = ("replicate", "fsdp")
 
 
@@ -28,13 +28,26 @@ def shard(net: nn.Module, kind: str, ranks: Ranks) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    for blocks in net.children():
-        if isinstance(blocks, nn.ModuleList):
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
+    for unit in units(net):
+        fully_shard(unit, mesh=mesh)
     # By default the root keeps what it gathered, with the requires_grad of that time: a network frozen in the other's
     # turn would stay so in its own, in part and without a word.
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
+
+
+def units(net: nn.Module) -> list[nn.Module]:
+    """What is gathered at once: blocks that a network of diffusers says not to split, inner ones first, or else the
+    blocks of its lists.
+
+    >>> net = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.Linear(2, 2))
+    >>> len(units(net))
+    2
+    """
+    kinds = set(getattr(net, "_no_split_modules", None) or ())
+    if kinds:
+        return [m for m in reversed(list(net.modules())) if type(m).__name__ in kinds]
+    lists = [child for child in net.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks]
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:

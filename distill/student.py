@@ -110,4 +110,6 @@ def student_times(d: Denoiser, steps: int, t_max: float | None = None) -> np.nda
         return np.append(grids.karras(path, steps + 1, t_max=t_max)[:-2], path.t_clean)
     if path.name == "flow":
         return grids.shifted(path, steps)
+    if path.name == "vp_discrete":  # whole times: what networks were trained at, and what schedulers count
+        return np.ceil(grids.uniform(path, steps, t_max=t_max) - 1e-9)
     return grids.uniform(path, steps, t_max=t_max)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -85,6 +86,12 @@ def _wanted(form: str) -> str:
     if form not in FORMS and form != "score":
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     return "flow" if form == "v" else form
+
+
+def _place(name: str) -> tuple[str, int]:
+    """("blocks.3", 1) of "blocks.3[1]"."""
+    found = re.fullmatch(r"(.*)\[(\d+)\]", name)
+    return (found[1], int(found[2])) if found else (name, 0)
 
 
 class Denoiser:
@@ -213,6 +220,9 @@ class Denoiser:
     def tap(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Collect the outputs of named submodules during the calls inside the block.
 
+        Of a module with several outputs the first, or the k-th as ``name[k]``: blocks of SD3 and Flux answer with text
+        and then with image tokens.
+
         >>> from fewstep.models import paths
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.SiLU(), nn.Linear(4, 2))
         >>> d = Denoiser(lambda x, tau: net(x), paths.edm(), predicts="x0", net=net)
@@ -223,20 +233,23 @@ class Denoiser:
         if self.net is None:
             raise ValueError("tap needs a Denoiser made with net=..., so that it can find the submodules")
         modules = dict(self.net.named_modules())
-        missing = [name for name in names if name not in modules]
+        places = {name: _place(name) for name in names}
+        missing = [name for name, (module, _) in places.items() if module not in modules]
         if missing:
             raise ValueError(
                 f"names must be submodules of {type(self.net).__name__}; it has no {', '.join(missing)}"
             )
         features: dict[str, torch.Tensor] = {}
 
-        def keep(name: str):
+        def keep(name: str, k: int):
             def hook(_module, _inputs, output):
-                features[name] = output[0] if isinstance(output, tuple) else output
+                outputs = output if isinstance(output, tuple) else (output,)
+                if k < len(outputs) and isinstance(outputs[k], torch.Tensor):
+                    features[name] = outputs[k]
 
             return hook
 
-        handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+        handles = [modules[m].register_forward_hook(keep(name, k)) for name, (m, k) in places.items()]
         try:
             yield features
         finally:
