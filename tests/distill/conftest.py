@@ -6,7 +6,9 @@ so every quadratic expectation over them is exact.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,18 @@ PATHS = {
     "vp": (paths.vp_linear(), 0.4),
     "flow": (paths.flow(), 0.55),
 }
+
+
+@pytest.fixture(scope="session")
+def pipelines():
+    """The tiny pipelines of the samplers' tests."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    file = Path(__file__).parents[1] / "samplers/pipelines.py"
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(params=list(PATHS))
