@@ -62,6 +62,4 @@ def say_skipped(seen: Seen, ranks: Ranks) -> None:
     """How many images were left out, and the first of them."""
     if seen.skipped and ranks.first:
         named = ", ".join(seen.skipped[:5]) + (", ..." if len(seen.skipped) > 5 else "")
-        print(
-            f"note: {len(seen.skipped)} images could not be read and were left out: {named}", file=sys.stderr
-        )
+        print(f"note: left out, since they could not be read: {len(seen.skipped)} ({named})", file=sys.stderr)
