@@ -65,7 +65,8 @@ MIXTURE = {
     "phased DMD, 2 x 2 calls": ("phased-mixture", []),
 }
 TASKS = {"digits": DIGITS, "consistency": CONSISTENCY, "mixture": MIXTURE}
-CONTROL = ["optim.lr=0.0"]  # a student that does not learn: every claim must fail on it
+# a student that does not learn, however long it is trained: every claim of quality must fail on it
+CONTROL = ["optim.lr=0.0", "train.iters=4", "report.exam=64"]
 
 
 def judged_digits(x: torch.Tensor, label: torch.Tensor, judge: Judge) -> dict[str, float]:
@@ -219,9 +220,6 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
         "the best of one call: FD below the teacher's Euler at 8": best["fd"] < euler["fd"],
         "the best of one call: KID below the teacher's Euler at 8": best["kid"] < euler["kid"],
         "the best of one call: FD below 5": best["fd"] < 5,
-        "every one of one call: FD below the teacher's Euler at 8": all(
-            numbers["fd"] < euler["fd"] for numbers in one_step
-        ),
         "every student: no closer to training digits than held-out ones are": all(
             numbers["nearest"] >= numbers["nearest_held_out"] for numbers in means.values()
         ),
