@@ -312,8 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ValueError(f"--dry-run is for denoisers, and {recipe.name} is a classifier")
             print(_on_threads(recipe.threads, lambda: dry_run(recipe)))
         else:
-            print(run(arguments.recipe, arguments.overrides))
-    except ValueError as error:
+            file = run(arguments.recipe, arguments.overrides)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(file)
+    except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
     finally:
         parallel.finish()

@@ -21,6 +21,7 @@ import torch
 
 from .source import Items
 
+PNG = b"\x89PNG"
 GREY = ("L", "1", "LA")
 COLOUR = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
 
@@ -30,8 +31,8 @@ def decoded(content: bytes, name: str, channels: int | None = None, size: int | 
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.verify()  # PNG's checksums, which load() passes by
+        if content.startswith(PNG):
+            Image.open(io.BytesIO(content)).verify()  # its checksums, which load() passes by
         with Image.open(io.BytesIO(content)) as picture:
             picture.load()
     except Exception as error:  # PIL's decoders raise whatever broke in them
