@@ -3,8 +3,9 @@
     python benchmarks/glyphs_gpu.py --out benchmarks/results/glyphs-gpu
     python benchmarks/glyphs_gpu.py --tiny --device cpu --out out/glyphs          # the script itself, in seconds
 
-Parts: a judge (a classifier, whose features distances are measured in); the teacher, glyphs-flow, for a third of the time; DMD2, f-distill, SIM and phased DMD by the shipped recipes for an equal share each; how fast data
-come. How long each part trains follows from a few timed steps, so the whole ends in time on any device.
+Parts: a judge (a classifier, whose features distances are measured in); the teacher, glyphs-flow, for a third of the
+time; DMD2, f-distill, SIM and phased DMD by the shipped recipes for an equal share each; how fast data come. How long
+each part trains follows from a few timed steps, so the whole ends in time on any device.
 
 ``OUT.json`` is written after every part, with the device's name, seconds an iteration and peak memory; ``OUT.md`` holds
 the table and ``OUT.png`` the pictures: a row for the teacher and each student, the same noise and classes.
