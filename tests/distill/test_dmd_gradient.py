@@ -34,6 +34,25 @@ def test_without_alpha_it_is_not(bed, student_gradients):
     assert (on_a - bed.alpha**2 * inverse @ bed.a).norm() > 0.05 * on_a.norm()
 
 
+def test_the_score_difference_from_every_prediction(bed):
+    """(alpha / sigma^2)(D_f - D_r): an estimate of x0 enters with one sign, of the noise or velocity with the other."""
+    x_t = bed.alpha * (bed.z @ bed.a.T + bed.b) + bed.sigma * bed.eps
+    alpha, sigma = bed.alpha, bed.sigma
+    fall = sigma * bed.path.alpha_prime(bed.t) - alpha * bed.path.sigma_prime(bed.t)
+
+    def gap(form):  # critic minus teacher
+        return getattr(bed.critic, form)(x_t, bed.t) - getattr(bed.teacher, form)(x_t, bed.t)
+
+    scores = gap("score")
+    for same in (
+        alpha / sigma**2 * gap("__call__"),
+        -gap("eps") / sigma,
+        alpha / (sigma * fall) * gap("velocity"),
+    ):
+        torch.testing.assert_close(same, scores, rtol=1e-12, atol=1e-12)
+    assert (gap("eps") / sigma - scores).abs().max() > 0.1
+
+
 def test_equal_teacher_and_critic_give_nothing():
     x0, estimate = torch.randn(4, 5), torch.randn(4, 5)
     for weight in ("dmd", "dmd2", "fastgen", "printed", "kl"):

@@ -132,6 +132,18 @@ def test_only_the_last_call_has_a_graph_and_its_input_is_the_student_s_own(sampl
     torch.testing.assert_close(sampled, x0.detach())
 
 
+@pytest.mark.parametrize("name", ["dmd2", "sim"])
+def test_many_steps_of_which_the_first_is_drawn_are_one_step(name):
+    method, one = METHODS[name], players(METHODS[name], steps=1)
+    three = one._replace(student=few_steps(one.student.d, 3, times=[*one.student.table.times[:1], 2.0, 0.5]))
+    batches = [a_batch(turn) for turn in range(12)]
+    chosen = [batch.draws.choice("step", 3) for batch in batches]
+    assert set(chosen) == {0, 1, 2}
+    for batch, k in zip(batches, chosen, strict=True):
+        ours, plain = (method.student_loss(p, batch)[0] for p in (three, one))
+        assert torch.equal(ours, plain) == (k == 0)
+
+
 @pytest.mark.parametrize("name", ["dmd2", "sim", "phased"])
 def test_two_ranks_make_the_loss_of_one(name):
     method = METHODS[name]

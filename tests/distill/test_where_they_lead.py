@@ -14,7 +14,7 @@ from fewstep.distill.losses import dmd_gradient
 from fewstep.distill.losses.divergences import DIVERGENCES
 from fewstep.models import GaussianMixture, paths
 
-X = torch.linspace(-9, 9, 1801, dtype=torch.float64)
+X = torch.linspace(-9, 9, 901, dtype=torch.float64)
 DX = float(X[1] - X[0])
 PATH = paths.edm()
 UPSIDE_DOWN = "upside down"  # forward KL by the ratio of student over teacher
@@ -57,6 +57,28 @@ def test_every_divergence_leads_a_gaussian_to_a_gaussian(name):
     mixture, d = teacher([0.7], 0.6)
     a, b = led(mixture, d, name, a=1.3, b=-0.8, sigmas=(0.2, 0.5, 1.0))
     assert a == pytest.approx(0.6, rel=0.01) and b == pytest.approx(0.7, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "sim"])
+def test_at_the_teacher_s_own_law_nothing_moves(name):
+    mixture, d = teacher([0.7], 0.6)
+    for sigma in (0.1, 1.0):
+        assert max(abs(g) for g in slopes(mixture, d, 0.6, 0.7, sigma, name)) < 1e-10
+        assert max(abs(g) for g in slopes(mixture, d, 0.61, 0.7, sigma, name)) > 1e-4
+
+
+def test_the_reverse_kl_falls_at_every_step():
+    mixture, d = teacher([0.7], 0.6)
+    a, b, sigma, previous = 1.3, -0.8, 0.3, math.inf
+    p = 0.6**2 + sigma**2
+    for _ in range(60):
+        q = a * a + sigma**2
+        divergence = 0.5 * (q / p - 1 - math.log(q / p) + (b - 0.7) ** 2 / p)
+        assert divergence <= previous
+        previous = divergence
+        on_a, on_b = slopes(mixture, d, a, b, sigma, "rkl")
+        a, b = a - 0.1 * p * on_a, b - 0.1 * p * on_b
+    assert divergence < 1e-4
 
 
 def led_to_two_modes(name, sigmas):
