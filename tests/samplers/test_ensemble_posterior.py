@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from fewstep.models import GaussianMixture, gaussian, paths
+from fewstep.models import GaussianMixture, digits, gaussian, load, paths
 from fewstep.models.mixture import random_mixture
-from fewstep.samplers import ddim, grids, sample, sde_dpmpp, starting_noise
+from fewstep.samplers import ddim, dps, grids, sample, sde_dpmpp, starting_noise
 from fewstep.samplers.ensemble_posterior import ensemble_posterior
 from fewstep.samplers.likelihood_guess import Full, Isotropic
 from fewstep.samplers.operators import blur, dense, downsample, inpaint, separable
@@ -200,3 +200,48 @@ def test_isotropic_and_full_steps_draw_from_one_density():
     x0, mu, n = (torch.randn(6, *SHAPE, dtype=torch.float64) for _ in range(3))
     (a, ratio_a), (b, ratio_b) = (g.step(mu, g.gap(x0), path, 0.5, 0.2, n) for g in guesses)
     assert torch.allclose(a, b, atol=1e-9) and torch.allclose(ratio_a, ratio_b, atol=1e-9)
+
+
+def test_the_right_half_of_digits_nearer_than_by_gradients_of_the_guess():
+    """Eight held-out digits of which the left half is seen, twelve steps: the mean of 48 particles in ensembles of
+    three beside that of 16 draws of DPS, which cost as much: a lead in PSNR of more than two standard errors, and
+    90 % intervals that hold about as much."""
+    pytest.importorskip("sklearn")
+    d, images = load("digits-edm"), torch.as_tensor(digits("held_out")[0])[::45][:8]
+    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
+    mask[..., :4] = True
+    A = inpaint(mask)
+    y = A(images) + 0.1 * torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    table = ddim(d.path, grids.karras(d.path, 12, t_max=20.0, t_min=0.02), eta=1.0)
+
+    def label(rows):
+        return {"label": torch.full((len(rows),), d.net.null_label)}
+
+    rows = y.repeat_interleave(16, 0)
+    _, info = ensemble_posterior(
+        d, starting_noise(0, len(rows), d.shape), table, operator=A, observation=rows, noise_std=0.1, particles=3,
+        data=0.75, cond=label(rows),
+    )  # fmt: skip
+    ours, weights = info.particles.reshape(8, 48, -1), info.weights.reshape(8, 48) / 16
+    rows = y.repeat_interleave(16, 0)
+    x, _ = dps(
+        d, starting_noise(0, len(rows), d.shape), table, mode="paper", scale=1.0, cond=label(rows),
+        reward=lambda x: -(rows - A(x)).square().flatten(1).sum(1),
+    )  # fmt: skip
+    hidden = ~mask.flatten()
+
+    def told(draws, w):
+        draws, truth = draws.double()[..., hidden], images.flatten(1)[:, None, hidden].double()
+        values, order = draws.sort(1)
+        upto = w.double()[:, :, None].expand_as(draws).gather(1, order).cumsum(1)
+        low, high = (
+            values.gather(1, (upto < q).sum(1, keepdim=True).clamp_max(draws.shape[1] - 1))
+            for q in (0.05, 0.95)
+        )
+        mean = (w.double()[:, :, None] * draws).sum(1, keepdim=True)
+        inside = ((truth >= low - 0.01) & (truth <= high + 0.01)).double().mean()
+        return -10 * ((mean - truth) ** 2).mean((1, 2)).log10(), float(inside)
+
+    (good, inside), other = told(ours, weights), told(x.reshape(8, 16, -1), torch.full((8, 16), 1 / 16))[0]
+    lead = good - other
+    assert lead.mean() > 2 * lead.std() / 8**0.5 and 0.85 < inside < 0.95

@@ -1,4 +1,4 @@
-"""Trees round unmodified pipelines of two prompts, built small and offline: whose images they are and what they cost."""
+"""Trees round unmodified pipelines of two prompts, built small and offline: whose images, at what cost."""
 
 from __future__ import annotations
 
