@@ -66,7 +66,6 @@ MIXTURE = {
     "low noise: DMD2 (reverse KL)": ("dmd2-mixture", LOW),
     "low noise: f-distill js": ("fdistill-mixture", ["divergence=js", *LOW_GAN]),
     "low noise: f-distill kl": ("fdistill-mixture", ["divergence=kl", *LOW_GAN]),
-    "low noise: SIM": ("sim-mixture", LOW),
     "all levels: DMD2 (reverse KL)": ("dmd2-mixture", []),
     "all levels: f-distill js": ("fdistill-mixture", ["divergence=js"]),
     "all levels: f-distill kl": ("fdistill-mixture", ["divergence=kl"]),
