@@ -8,10 +8,12 @@
 A cell is a recipe with a seed; its run resumes (``fewstep distill``), its numbers are kept in ``--runs``, ``--jobs``
 cells run at once, a thread each, and the table goes to benchmarks/results unless one of more cells is there.
 
-Digits are judged on 5000 held-out starts: Frechet and kernel distance of the classifier's features to all 1797 digits, the median distance to the
-nearest training digit (beside that of real held-out ones), the median distance to some training digits as a share of
-that to as many held-out ones (copying: below 1 where training digits are repeated), and how far the samples of one
-class lie from their mean, as a share of what the digits do (diversity). A mode of the mixture is found where a fifth of
+Digits are judged on 5000 held-out starts: Frechet and kernel distance of the classifier's features to all 1797 digits,
+the median distance to the nearest training digit (beside that of real held-out ones), the median distance to some
+training digits as a share of that to as many held-out ones (copying: below 1 where training digits are repeated), and
+how far the samples of one class lie from their mean, as a share of what the digits do (diversity).
+
+A mode of the mixture is found where a fifth of
 its share of the samples lies within 4 standard deviations of it, reached where that many are nearest to it; in_modes is
 the share of all samples that lie in some mode.
 """
