@@ -40,7 +40,7 @@ def latents(path: Path) -> Items:
 
     return Items(
         str(path), count, tuple(shape), get("latents"), file.get_tensor("labels") if "labels" in names else None,
-        about["classes"], get("mirrored") if "mirrored" in names else None, latents=about["vae"],
+        about["classes"], get("mirrored") if "mirrored" in names else None, slow=True, latents=about["vae"],
     )  # fmt: skip
 
 
