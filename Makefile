@@ -17,6 +17,11 @@ TORCH ?= $(or $(HELD),registry)
 # Beside a CPU-only torch the registry's torchvision does not import, and takes diffusers down with it.
 CPU_TORCH ?= torch==2.13.0+cpu
 WANTED := $(if $(filter registry,$(TORCH)),torch torchvision,$(if $(filter cpu,$(TORCH)),$(CPU_TORCH),$(TORCH)))
+# torch-fidelity brings torchvision, and that its own torch: only where both came from the registry may it be added.
+TESTED := test
+ifeq ($(TORCH),registry)
+TESTED := test,eval
+endif
 
 # The root must not enter sys.path: its folders (models, eval, ...) would be importable under their bare names.
 export PYTHONSAFEPATH := 1
@@ -98,7 +103,7 @@ $(VENV)/.core: setup.cfg pyproject.toml | $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[$(TESTED)]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
