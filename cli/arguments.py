@@ -65,6 +65,11 @@ def times_of(path, solver: Callable, arguments: argparse.Namespace, options: dic
     return grid(path, arguments.steps)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+
+
 def add_grid(parser: argparse.ArgumentParser) -> None:
     """``--grid`` and either ``--steps`` or ``--calls``."""
     parser.add_argument("--grid", default="vp", help="where the steps lie (default: vp)")

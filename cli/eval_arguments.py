@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .arguments import add_device
+
 if TYPE_CHECKING:
     from ..eval.features import Extractor
     from ..eval.ranks import Ranks
@@ -31,9 +33,7 @@ def add_features(parser: argparse.ArgumentParser) -> None:
         "--num", "--count", type=int, help="the first so many images (default: all); --count under torchrun"
     )
     parser.add_argument("--batch", type=int, default=64, help="images at once (default: 64)")
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out images that cannot be read, and say how many"
     )

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
     if arguments.out.suffix != ".npz":
         raise ValueError(f"--out must end in .npz, got {arguments.out}")
-    ranks = processes.start(arguments.device)
+    ranks = processes.start(arguments.device or "auto")
     try:
         extractor = extractor_of(arguments, ranks)
         seen = see(

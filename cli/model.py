@@ -21,10 +21,10 @@ class Told(NamedTuple):
     classes: int | None
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL and its condition."""
+def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
+    """MODEL, or what ``name`` says, and its condition."""
     parser.add_argument(
-        "model", help="digits-edm, digits-vp, digits-flow, a checkpoint, or a folder that diffusers saved"
+        name, help="digits-edm, digits-vp, digits-flow, a checkpoint, or a folder that diffusers saved"
     )
     parser.add_argument(
         "--prompt",
@@ -45,7 +45,6 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, help=f"{of}, where a pipeline leaves the choice")
     parser.add_argument("--dtype", choices=DTYPES, help="of the network (default: as the files are loaded)")
     parser.add_argument("--variant", help="of a pipeline's files, e.g. fp16")
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1 (default: cuda where there is one)")
 
 
 def told(arguments: argparse.Namespace, device: torch.device, blocks: bool = False) -> Told:
@@ -73,11 +72,9 @@ def told(arguments: argparse.Namespace, device: torch.device, blocks: bool = Fal
         raise ValueError(
             f"--label must lie in 0 .. {classes - 1}" if classes else f"{arguments.model} takes no --label"
         )
-    scale = arguments.guidance
-    if scale is None:
-        scale = 1.0 if codec is None else codec.guidance
+    scale = scale_of(arguments, codec)
     if codec is not None and codec.takes_text:
-        cond, scale = _embedded(arguments, codec, scale)
+        cond, scale = embedded(arguments, arguments.prompt, codec, scale)
     else:
         if arguments.prompt or arguments.negative:
             raise ValueError(
@@ -96,8 +93,16 @@ def told(arguments: argparse.Namespace, device: torch.device, blocks: bool = Fal
     return Told(d if scale == 1 else cfg(d, scale), cond, classes)
 
 
-def _embedded(arguments: argparse.Namespace, codec: Any, scale: float) -> tuple[Any, float]:
-    if not arguments.prompt:
+def scale_of(arguments: argparse.Namespace, codec: Any) -> float:
+    """The guidance asked for, or else the pipeline's own."""
+    return arguments.guidance if arguments.guidance is not None else 1.0 if codec is None else codec.guidance
+
+
+def embedded(
+    arguments: argparse.Namespace, prompts: list[str] | None, codec: Any, scale: float
+) -> tuple[Any, float]:
+    """The condition of texts, a row each, and the scale that is left to guide by."""
+    if not prompts:
         raise ValueError(f"--prompt is needed: {arguments.model} makes pictures of texts")
     if codec.distilled:
         if arguments.negative:
@@ -105,12 +110,12 @@ def _embedded(arguments: argparse.Namespace, codec: Any, scale: float) -> tuple[
                 f"--negative is of no use: the guidance of {arguments.model} is distilled into it, and there is no "
                 "second branch to lead away from"
             )
-        return codec.embed(arguments.prompt, None, guidance_scale=scale), 1.0
+        return codec.embed(prompts, None, guidance_scale=scale), 1.0
     if scale == 1:
         if arguments.negative:
             raise ValueError("--negative needs a --guidance other than 1, which is none")
-        return codec.embed(arguments.prompt, None), scale
-    cond = codec.embed(arguments.prompt, arguments.negative or "")
+        return codec.embed(prompts, None), scale
+    cond = codec.embed(prompts, arguments.negative or "")
     if cond.null is None:
         raise ValueError(f"--guidance needs --negative here: {arguments.model} has no null of its own")
     return cond, scale

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .arguments import add_grid, parser_for, solver_options, times_of
+from .arguments import add_device, add_grid, parser_for, solver_options, times_of
 from .model import add_model, told
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
         "sample", "Sample a model. Options of the solver (fewstep solvers lists them) are given as flags too."
     )
     add_model(parser)
+    add_device(parser)
     parser.add_argument("--solver", default="abm", help="fewstep solvers lists them (default: abm)")
     parser.add_argument("--table", type=Path, help="a saved table instead of --solver, --grid and --steps")
     add_grid(parser)

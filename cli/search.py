@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .arguments import parser_for
+from .arguments import add_device, parser_for
 from .model import add_model, told
 
 
@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
         "converged ones, and then, with --metric, nearest to data. An interrupted search goes on where it was.",
     )
     add_model(parser)
+    add_device(parser)
     parser.add_argument("--nfe", "--calls", type=int, required=True, help="network calls of the solver")
     parser.add_argument(
         "--budget", type=int, help="network calls of the search (default: 5000, with --metric 20000)"

@@ -1,4 +1,4 @@
-"""Images to be measured, as bytes, from where people keep them: a folder, a zip, an .npz, a tensor, the digits.
+"""Images to be measured, as bytes, from where they lie: a folder, a zip, an .npz, shards, a tensor, the digits.
 
 Nothing is resized or guessed here. All images must be of one size; one that cannot be read is named, and refused unless
 the caller says to leave such out, and then they are counted.
@@ -15,6 +15,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from ..models.digits import SPLITS, digits
 from ..models.image_data import SUFFIXES
 from .checks import whole_number
 from .images import to_uint8
+from .shards import PLAN, read_plan, shard_file
 
 NAMED = 5  # files that an error names before it says how many there are
 
@@ -53,7 +55,7 @@ class Batch(NamedTuple):
 
 
 def open_images(source) -> Images:
-    """The images of a folder (with its subfolders), a .zip, an .npz, a tensor (N, C, H, W), or the digits.
+    """The images of a folder (with its subfolders), a .zip, an .npz, a tensor (N, C, H, W), the digits, or shards.
 
     .npz: ``arr_0`` or ``images``, bytes (N, H, W, C) or floats (N, C, H, W) in [-1, 1], labels as ``arr_1`` or
     ``labels``. Folders and zips may hold EDM's dataset.json with labels. "digits" is all of them, "digits:train" and
@@ -75,7 +77,7 @@ def open_images(source) -> Images:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: expected a folder, a .zip, an .npz, or digits")
     if path.is_dir():
-        return _folder(path)
+        return _shards(path) if (path / PLAN).is_file() else _folder(path)
     if path.suffix == ".zip":
         return _zip(path)
     if path.suffix == ".npz":
@@ -174,6 +176,38 @@ def _folder(path: Path) -> Images:
     labels = _edm_labels(index.read_bytes(), names, str(index)) if index.exists() else None
     return Images(
         path.name, len(files), lambda i: _decode(files[i], str(files[i])), lambda i: str(files[i]), labels
+    )
+
+
+def _shards(path: Path) -> Images:
+    plan = read_plan(path)
+    missing = [k for k in range(plan.shards) if not shard_file(path, k).is_file()]
+    if missing:
+        raise ValueError(
+            f"{path} has {plan.shards - len(missing)} of {plan.shards} shards; make the others first"
+        )
+
+    @lru_cache(maxsize=2)
+    def held(shard: int) -> tuple[np.ndarray, np.ndarray | None]:
+        file = shard_file(path, shard)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays.files else None
+        except (zipfile.BadZipFile, OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def read(i: int) -> torch.Tensor:
+        return torch.from_numpy(held(i // plan.per_shard)[0][i % plan.per_shard]).permute(2, 0, 1)
+
+    labels = None if held(0)[1] is None else np.concatenate([held(k)[1] for k in range(plan.shards)])
+    return Images(
+        path.name,
+        plan.num,
+        read,
+        lambda i: f"{shard_file(path, i // plan.per_shard)}[{i % plan.per_shard}]",
+        None if labels is None else torch.from_numpy(labels).long(),
+        "nearest",
+        f"{plan.told.get('seed', '?')}: 0-{plan.num - 1}",
     )
 
 

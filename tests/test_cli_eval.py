@@ -69,6 +69,29 @@ def test_fid_of_a_folder_is_printed_with_its_protocol_and_stored(samples, tmp_pa
     assert jackknifed[0] == 2 and "more rows than dimensions must be left" in jackknifed[2]
 
 
+def test_a_model_is_sampled_once_and_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("eval", "fid", "--ref", "digits", "--model", "digits-flow", "--steps", 2, "--batch", 16)
+    code, out, err = run(*words, "--num", 64, capsys=capsys)
+    assert code == 0 and "num=64 reference=digits seeds=0: 0-63" in out
+    (folder,) = (tmp_path / "samples").iterdir()
+    assert (
+        folder.name.startswith("digits-flow-abm-2-")
+        and f"64 samples, 2 calls each: samples/{folder.name}" in err
+    )
+    made = (folder / "00000.npz").stat().st_mtime_ns
+    assert (
+        run(*words, "--num", 64, capsys=capsys)[1] == out
+        and (folder / "00000.npz").stat().st_mtime_ns == made
+    )
+    assert run("eval", "fid", "--ref", "digits", "--samples", folder, capsys=capsys)[1] == out
+    code, _, err = run(*words, "--num", 64, "--solver", "deis", "--keep", folder, capsys=capsys)
+    assert code == 2 and "holds other samples: solver is 'abm' there and 'deis' here" in err
+    assert "--num is needed with --model" in run(*words, capsys=capsys)[2]
+    assert "either --samples" in run(*words, "--samples", folder, capsys=capsys)[2]
+    assert "unknown argument '--ordr'" in run(*words, "--num", 64, "--ordr", 2, capsys=capsys)[2]
+
+
 def test_what_differs_is_refused_and_named(samples, capsys):
     words = ("eval", "fid", "--samples", samples / "out.npz", "--ref", samples / "moments.npz")
     code, _, err = run(*words, "--resize", "clean", capsys=capsys)
