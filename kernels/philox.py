@@ -36,8 +36,8 @@ def philox(
     The key is left to grow beyond 32 bits from round to round: all that is read of it is masked with the counter.
     """
     k0, k1 = key
-    shape = torch.broadcast_shapes(*(v.shape for v in (*counter, *key) if isinstance(v, torch.Tensor)))
-    c0, c1, c2, c3 = (c.expand(shape) for c in counter)
+    keys = (k for k in key if isinstance(k, torch.Tensor))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter, *keys)[:4]
     for _ in range(10):
         # a product of two words overflows int64 but wraps, and its upper word survives the shift and the mask
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
