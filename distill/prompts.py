@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,11 +163,13 @@ def _write(
     from safetensors.torch import save
 
     about: dict[str, Any] = {}
+    # a pipeline's branches are told apart by solving for their rows' weights: more rows than numbers cannot be
+    size = max(1, min(recipe.batch, math.prod(teacher.shape or (0,)) // 8))
     for k, part in enumerate(_cut(texts, SHARD)):
         path = folder / f"{k:06d}.safetensors"
         if path.is_file() and k:  # the first says what the others look like
             continue
-        pieces = [_piece(teacher, piece, recipe.negative, options) for piece in _cut(part, recipe.batch)]
+        pieces = [_piece(teacher, piece, recipe.negative, options) for piece in _cut(part, size)]
         conds, nulls = zip(*pieces, strict=True)
         tensors = {name: v for name, v in conds[0].items() if isinstance(v, torch.Tensor)}
         if not k:

@@ -56,7 +56,8 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     data = open_batches(recipe, teacher, ranks)
     check_guidance(method, teacher, data)
     with autocast(recipe.train.precision, ranks.device):
-        exam = set_exam(teacher, data, recipe.report.exam, getattr(method, "guidance", 1.0))
+        guidance = getattr(method, "guidance", 1.0)
+        exam = set_exam(teacher, data, recipe.report.exam, guidance, recipe.report.teacher_calls)
     players = cast(recipe, method, teacher, data)
     back = _backtrack(recipe, players, data, folder)
     players = players if back is None else back.begin(players)
@@ -247,11 +248,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(source: str, overrides: Sequence[str]) -> int:
     recipe, method = read(source, overrides)
-    teacher = open_teacher(recipe)
-    data = open_batches(recipe, teacher)
+    torch.set_num_threads(recipe.threads)
+    ranks = parallel.start(recipe.device)
+    teacher = open_teacher(recipe).to(ranks.device)
+    data = open_batches(recipe, teacher, ranks)
     check_guidance(method, teacher, data)
     players = cast(recipe, method, teacher, data)
-    trainer = Trainer(recipe, method, players, data)
+    for net in networks(players):
+        net.to(ranks.device)
+    trainer = Trainer(recipe, method, players, data, ranks)
     numbers = trainer.turn()
     size = sum(p.numel() for p in players.student.d.net.parameters())
     times = players.student.table.times

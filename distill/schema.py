@@ -91,8 +91,9 @@ class Train:
 
 @dataclass
 class Report:
-    """Every so many iterations; ``exam``: held-out samples; ``keep``: checkpoints besides the best.
+    """Every so many iterations; ``exam``: held-out samples, for each of which the teacher has ``teacher_calls``.
 
+    ``keep``: checkpoints besides the best.
     ``sinks``: tensorboard, wandb, or both, beside metrics.jsonl.
     """
 
@@ -100,6 +101,7 @@ class Report:
     checkpoint: int = 50
     grid: int = 100
     exam: int = 1000
+    teacher_calls: int = 40
     keep: int = 2
     sinks: list[str] = field(default_factory=list)
 

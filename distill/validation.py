@@ -60,8 +60,8 @@ def set_exam(
     data: Data,
     count: int = 1000,
     guidance: float = 1.0,
-    seed: int = 10_007,
     calls: int = 40,
+    seed: int = 10_007,
 ) -> Exam:
     """``count`` held-out starts; the teacher answers with ``calls`` calls, guided, of the solver that we recommend."""
     net = teacher.net
