@@ -9,20 +9,27 @@ meanwhile.
 >>> from fewstep.models import GaussianMixture, paths
 >>> d = GaussianMixture([1.0], [[0.0, 0.0]], [[1.0, 3.0]]).denoiser(paths.edm())
 >>> x = torch.zeros(1, 2, dtype=torch.float64)
->>> outputs, div = with_divergence(d, x, 1.0, {}, "eps")         # eps = x_d / (var_d + 1)
->>> div
+>>> with_divergence(d, x, 1.0, {}, "eps").divergence             # eps = x_d / (var_d + 1)
 tensor([0.7500], dtype=torch.float64)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.denoiser import Denoiser, Form
+
+
+class Diverged(NamedTuple):
+    """``d.raw(x, t)``, the divergence (B,) in float64, and the estimate's variance (B,) where probes tell it."""
+
+    outputs: tuple[torch.Tensor, ...]
+    divergence: torch.Tensor
+    variance: torch.Tensor | None
 
 
 def with_divergence(
@@ -32,22 +39,22 @@ def with_divergence(
     cond: Mapping[str, Any],
     form: Form = "eps",
     probes: list[torch.Tensor] | None = None,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """``d.raw(x, t)`` and the divergence (B,) of ``form``, in float64: over the axes, or over ``probes`` if given.
-
-    ``probes`` are tensors like x, of signs.
+) -> Diverged:
+    """``d.raw(x, t)`` and the divergence of ``form``: over the axes, or over ``probes``, tensors like x, of signs. Two
+    probes or more tell how far their mean is off: their sample variance over their number.
     """
     scalars = d.affine(t, form)
     if scalars is None:
         raise ValueError("d must be affine in its networks' outputs to have a divergence here: no rescaling")
     p, qs = scalars
-    directions = _axes(x) if probes is None else iter(probes)
-    total, count, outputs = torch.zeros(len(x), dtype=torch.float64, device=x.device), 0, ()
-    for v in directions:
+    outputs, found = (), []
+    for v in _axes(x) if probes is None else probes:
         outputs, along = _curvature(lambda y: d.raw(y, t, **cond), qs, x, v)
-        total = total + p * v.square().flatten(1).sum(1) + along
-        count += 1
-    return outputs, total / (1 if probes is None else count)
+        found.append(p * v.double().square().flatten(1).sum(1) + along)
+    if probes is None:
+        return Diverged(outputs, torch.stack(found).sum(0), None)
+    each = torch.stack(found)
+    return Diverged(outputs, each.mean(0), each.var(0) / len(each) if len(each) > 1 else None)
 
 
 def _axes(x: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -11,9 +11,10 @@ with E = sum_i b_i e_i, B = sum_i b_i, lam = log(alpha / sigma). ``"target"`` is
 no further network passes, but weights whose spread grows with the root of the dimension, for a single Gaussian
 already. ``"transport"`` is  u = -f + (g^2 / 2) S / B,  the probability flow of the normalised blend, with all noise
 scaled by 1 / sqrt(B): for one Gaussian its weights are equal, and what they measure is how little the densities are
-Gaussians; it needs a divergence. Where B = 1 (cfg, geometric means, rlg) the two are one. A table may draw any noise.
-The target drift is stiff: at high noise it contracts B times as fast, and steps of more than about 1 / B in lam, or
-multistep rows, make it swing.
+Gaussians; it needs a divergence. ``"tempered"`` is the paper's other proposal for annealing, tempered noise: the target
+drift's weights, with z = g / sqrt(B) in the place of z = g. Where B = 1 (cfg, geometric means, rlg) all are one. A
+table may draw any noise. The target drift is stiff: at high noise it contracts B times as fast (the tempered
+(1 + B) / 2 times), and steps of more than about 1 / B in lam, or multistep rows, make it swing.
 
 >>> from fewstep.models import GaussianMixture, paths
 >>> from fewstep.samplers import ddim, grids, starting_noise, targets
@@ -36,7 +37,8 @@ import torch
 
 from ..models.denoiser import Denoiser
 from . import loop, smc
-from .feynman_kac_walk import Drift, Quadrature, Walk, drift_denoiser
+from .feynman_kac_rates import is_one
+from .feynman_kac_walk import Drift, Quadrature, Walk, check_tempered, drift_denoiser
 from .noise import START, Seed, check_ids, normal, seed_on, words
 from .plan import Plan
 from .powers import Powers, scaled
@@ -74,7 +76,8 @@ def feynman_kac(
     particles: int = 8,
     drift: Drift = "target",
     divergence: Literal["exact", "hutchinson"] | int = "hutchinson",
-    quadrature: Quadrature = "adams",
+    quadrature: Quadrature = "trapezoid",
+    batch: int | None = None,
     when: smc.When = 0.5,
     scheme: str = "systematic",
     interval: tuple[float, float] | None = None,
@@ -95,8 +98,12 @@ def feynman_kac(
             a guided model aims at.
         particles: how many stand for one row of noise. The first of them opens with it and draws as ``sample`` does;
             where all weights are equal (exponent 1, no reward) it is the sample, bit for bit.
-        divergence: ``"exact"`` (a pass a dimension) or ``"hutchinson"`` with one probe, or the number of probes.
-        quadrature: of a step's log-weight: ``"adams"``, of second order, or ``"left"``, the paper's.
+        drift: the tempered wants a table with the reverse SDE's own noise, ``ddim(eta=1.0)`` or ``sde_dpmpp``.
+        divergence: ``"exact"`` (a pass a dimension) or ``"hutchinson"`` with one probe, or the number of probes. Of two
+            or more the weights are of second order; what one leaves is of first order in the step.
+        quadrature: of a step's log-weight: ``"trapezoid"``, of second order, or ``"left"``, the paper's.
+        batch: so many particles at a time go through the network, its derivative and the reward; by default all.
+            What comes out does not depend on it, as far as the network's rows do not depend on one another's number.
         when, scheme: when a group resamples and how, see ``smc.step``.
         interval: noise levels lo < sigma/alpha <= hi in which it may; weights are collected everywhere.
         clip: how far a step's log-weight may lie from its group's mean, as released code has it: no longer exact.
@@ -112,7 +119,7 @@ def feynman_kac(
     >>> x.shape, info.particles.shape, info.calls                # 6 steps, with and without the label, 4 particles
     (torch.Size([2, 1, 8, 8]), torch.Size([2, 4, 1, 8, 8]), 48)
     """
-    probes = _check(drift, divergence, quadrature, particles, interval, clip, check)
+    probes = _check(drift, divergence, quadrature, particles, batch, interval, clip, check)
     target = own() if target is None else target
     if not isinstance(target, Target):
         raise TypeError(
@@ -126,7 +133,7 @@ def feynman_kac(
     densities = target.bind(tuple(d) if isinstance(d, (list, tuple)) else (d,), _spreader(groups, particles))
     target.check_branches(densities, cond or {})
     plan = _plan(densities, table, drift, noise)
-    walk = Walk(densities, plan, drift, probes, target.tilt, clip, quadrature, particles)
+    walk = Walk(densities, plan, drift, probes, target.tilt, clip, quadrature, particles, batch)
     ids = torch.arange(groups, device=device) if ids is None else check_ids(ids, groups).to(device)
     cond = _spreader(groups, particles)(cond or {})
     seen, totals = [], []
@@ -185,12 +192,15 @@ def _plan(densities: Powers, table: Table | Plan, drift: Drift, noise: torch.Ten
             f"noise must have shape (batch, {', '.join(map(str, shape))}) for this model, got {tuple(noise.shape)}"
         )
     root = math.sqrt(densities.total)
-    if drift == "target" and abs(root - 1) > 1e-12 and densities.path.alpha(float(table.times.flat[0])) == 0:
-        raise ValueError(
-            "drift='target' cannot open at alpha = 0, where its drift is infinite: build the table on a grid that "
-            "begins later (t_max=0.99), or take drift='transport'"
-        )
-    table = scaled(table, 1 / root, 1 / root if drift == "transport" else 1.0)
+    if not is_one(densities.total):
+        if drift != "transport" and densities.path.alpha(float(table.times.flat[0])) == 0:
+            raise ValueError(
+                f"drift={drift!r} cannot open at alpha = 0, where its drift is infinite: build the table on a grid "
+                "that begins later (t_max=0.99), or take drift='transport'"
+            )
+        if drift == "tempered":
+            check_tempered(table, densities)
+    table = scaled(table, 1 / root, 1.0 if drift == "target" else 1 / root)
     return table.on(drift_denoiser(densities, drift), noise.device)
 
 
@@ -235,17 +245,19 @@ def _inside(interval: tuple[float, float] | None, level: float) -> bool:
     return interval is None or interval[0] < level <= interval[1]
 
 
-def _check(drift, divergence, quadrature, particles, interval, clip, check) -> int | None:
+def _check(drift, divergence, quadrature, particles, batch, interval, clip, check) -> int | None:
     """The number of probes, None for all axes; else ``ValueError``."""
     for name, value, known in (
-        ("drift", drift, ("target", "transport")),
-        ("quadrature", quadrature, ("adams", "left")),
+        ("drift", drift, ("target", "tempered", "transport")),
+        ("quadrature", quadrature, ("trapezoid", "left")),
         ("check", check, ("end", "off")),
     ):
         if value not in known:
-            raise ValueError(f"{name} must be {known[0]!r} or {known[1]!r}, got {value!r}")
-    if isinstance(particles, bool) or not isinstance(particles, int) or particles < 1:
-        raise ValueError(f"particles must be a positive integer, got {particles!r}")
+            said = ", ".join(map(repr, known[:-1]))
+            raise ValueError(f"{name} must be {said} or {known[-1]!r}, got {value!r}")
+    for name, value in (("particles", particles), ("batch", 1 if batch is None else batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
         raise ValueError(f"interval must be (lo, hi) with 0 <= lo < hi, as sigma/alpha, got {interval!r}")
     if clip is not None and not clip > 0:

@@ -34,7 +34,8 @@ class Clip(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """All rows of a plan on a device, and which sources each reads: ``masks`` (R, L, 4), and of all rows together."""
+    """All rows of a plan on a device, and which sources each reads: ``masks`` (R, L, 4 or 6), and of all rows
+    together."""
 
     table: torch.Tensor
     slots: torch.Tensor
@@ -51,8 +52,11 @@ def takes(state: State, outputs: tuple[torch.Tensor, ...], z: torch.Tensor | Non
     return choose("solver_step", None, [state.x], reason) == "triton"
 
 
-def rows(plan: Plan, device: torch.device, source: str) -> Rows:
-    """The plan's rows for steps made of the network's "outputs", of an "x0" of ours, or of outputs to "clip" first."""
+def rows(plan: Plan, device: torch.device, source: str, pair: np.ndarray | None = None) -> Rows:
+    """The plan's rows for steps made of the network's "outputs", of an "x0" of ours, or of outputs to "clip" first.
+
+    ``pair`` (R, L, 2, sources): two more sums, whose inner products such a step takes.
+    """
     weights = plan.weights(source != "outputs")
     table = np.stack([np.zeros_like(weights.x), *weights], axis=2)  # (R, L, 4, sources)
     if source == "clip":
@@ -62,6 +66,8 @@ def rows(plan: Plan, device: torch.device, source: str) -> Rows:
         table[:, :, kernel.CONVERT, kernel.X] = np.where(where_y_is_x, p, 0)
         table[:, :, kernel.CONVERT, kernel.Y] = np.where(where_y_is_x, 0, p)
         table[:, :, kernel.CONVERT, table.shape[-1] - q.shape[-1] :] = q
+    if pair is not None:
+        table = np.concatenate([table, pair], axis=2)
     reads = table != 0
     reads[:, :, kernel.NEW] &= plan.kept[:, None, None]
     # y' of a row that leaves y' = x' is not made; of any other it is, also where it is zero
@@ -92,8 +98,22 @@ def step(
     clip: Clip | None = None,
 ) -> State:
     """The state after row ``row`` in lane ``lane``: ints for the whole batch, or tensors with one a sample."""
+    return stepped(plan, plan.fused(state.x.device, source), state, row, lane, outputs, z, seed, clip)[0]
+
+
+def stepped(
+    plan: Plan,
+    on: Rows,
+    state: State,
+    row: int | torch.Tensor,
+    lane: int | torch.Tensor,
+    outputs: tuple[torch.Tensor, ...],
+    z: torch.Tensor | None = None,
+    seed: Any = None,
+    clip: Clip | None = None,
+) -> tuple[State, torch.Tensor | None]:
+    """``step`` by rows that are ``on`` the device; where these hold a pair, with its inner products (B, 3)."""
     device = state.x.device
-    on = plan.fused(device, source)
     if isinstance(row, int) and isinstance(lane, int):
         masks = on.masks[row, lane].tolist()
         slot = int(plan.table.slot[row]) if plan.kept[row] else kernel.NOWHERE
@@ -105,7 +125,7 @@ def step(
         slots=on.slots, z=z, seed=seed_on(seed, device) if draws else None, ids=state.ids if draws else None,
         limit=None if clip is None else torch.full((1,), clip.limit, device=device),
     )  # fmt: skip
-    return state._replace(x=after.x, y=after.y, d=after.history, row=state.row + 1)
+    return state._replace(x=after.x, y=after.y, d=after.history, row=state.row + 1), after.products
 
 
 def _counter(on: Rows, index: int | torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,8 @@ times the product of potentials (Del Moral, 2004):
     log w += log G(x)          ESS < when K:   x <- x[index],   log Z += log mean w,   log w = 0
 
 State and info are named tuples, and ``init`` and ``step`` all there is; ``run`` folds them. Nothing waits for a GPU:
-whether to resample is decided there, and a group that does not gets its own particles back. A particle's id belongs to
-its slot, so clones draw different noise from the next row on.
+whether to resample is decided there, and a group that does not gets its own particles back; the systematic scheme is
+one kernel there. A particle's id belongs to its slot, so clones draw different noise from the next row on.
 
 >>> import torch
 >>> start = torch.zeros(1 * 4, 2)                                   # one group of four particles in two dimensions
@@ -20,14 +20,17 @@ its slot, so clones draw different noise from the next row on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels import resample as kernel
+from ..kernels.dispatch import choose, idle
 from . import loop
 from .noise import Seed, check_ids, uniform
-from .resampling import check_scheme, ess, log_mean_exp, multinomial, resample
+from .resampling import check_scheme, ess, log_mean_exp, multinomial, resample, uniforms
 
 PICK = 5  # the stream of the one draw a group, after the last row
 When = float | Collection[int]
@@ -102,21 +105,27 @@ def step(
     check_scheme(scheme)
     groups, count = particles.log_weights.shape
     weights = particles.log_weights + _potentials(log_potentials, groups, count)
-    size = ess(weights)
-    now = _due(when, particles.row, size, count) if active else torch.zeros_like(size, dtype=torch.bool)
-    index = torch.arange(count, device=size.device).expand(groups, count)
     moved = particles._replace(log_weights=weights, row=particles.row + 1)
-    if not active or (size.device.type == "cpu" and not bool(now.any())):  # a CPU may look
-        return moved, Info(size, now, index)
-    chosen = resample(weights, particles.ids, particles.row, seed, scheme, u)
-    index = torch.where(now[:, None], chosen, index)
+    if active and scheme == "systematic" and _takes(weights):
+        u = uniforms(particles.ids, count, range(particles.row, moved.row), seed)[0] if u is None else u
+        # its ESS is a float32: what lies within these digits of K is no difference of weights
+        limit = torch.full((1,), _limit(when, particles.row, count) * (1 - 1e-6), device=weights.device)
+        index, size, mean, now = kernel.resample(weights, u, limit)
+    else:
+        size = ess(weights)
+        limit = _limit(when, particles.row, count) if active else 0.0
+        now, index = size < limit, torch.arange(count, device=size.device).expand(groups, count)
+        if not active or (size.device.type == "cpu" and not bool(now.any())):  # a CPU may look
+            return moved, Info(size, now, index)
+        chosen = resample(weights, particles.ids, particles.row, seed, scheme, u)
+        index, mean = torch.where(now[:, None], chosen, index), log_mean_exp(weights)
     moved = moved._replace(
         state=take(
             particles.state, (index + count * torch.arange(groups, device=index.device)[:, None]).flatten()
         ),
         log_weights=torch.where(now[:, None], 0.0, weights),
         ancestors=particles.ancestors.gather(-1, index),
-        log_normaliser=particles.log_normaliser + torch.where(now, log_mean_exp(weights), 0.0),
+        log_normaliser=particles.log_normaliser + torch.where(now, mean, 0.0),
     )
     return moved, Info(size, now, index)
 
@@ -196,15 +205,20 @@ def _potentials(values: torch.Tensor, groups: int, count: int) -> torch.Tensor:
     return values.detach().double().reshape(groups, count)
 
 
-def _due(when: When, row: int, size: torch.Tensor, count: int) -> torch.Tensor:
-    """(groups,) bools: whether the ESS has fallen too low, or it is one of the rows."""
+def _takes(weights: torch.Tensor) -> bool:
+    """Whether the resampling kernel does this step: by default on a GPU."""
+    return not idle(weights) and choose("resample", None, [weights], kernel.unsupported(weights)) == "triton"
+
+
+def _limit(when: When, row: int, count: int) -> float:
+    """The ESS below which a group is resampled."""
     if isinstance(when, Collection):
-        return torch.full_like(size, row in when, dtype=torch.bool)
+        return math.inf if row in when else 0.0
     if isinstance(when, bool) or not isinstance(when, (int, float)) or not 0 <= when <= 1:
         raise ValueError(
             f"when must be a share of the particles, 0 .. 1, or a collection of rows, got {when!r}"
         )
-    return size < when * count * (1 - 1e-12)  # a rounding below K is no difference of weights
+    return when * count * (1 - 1e-12)  # a rounding below K is no difference of weights
 
 
 def _rows(state: Any) -> tuple[int, torch.device]:

@@ -11,7 +11,7 @@ import torch
 from fewstep.models import GaussianMixture, load, paths
 from fewstep.samplers import cfg, ddim, deis, grids, heun, sample, sde_dpmpp, starting_noise, targets
 from fewstep.samplers.feynman_kac import feynman_kac
-from fewstep.samplers.feynman_kac_walk import log_rate
+from fewstep.samplers.feynman_kac_rates import log_rate
 
 A = GaussianMixture([0.3, 0.7], [[-2.0], [1.5]], [0.16, 0.49])
 B = GaussianMixture([0.6, 0.4], [[-1.0], [2.0]], [0.64, 0.25])
@@ -185,9 +185,7 @@ def test_rewards_tilt(gradient, of):
     found = mass(info.particles, info.weights)
     assert within(found, below_zero(exact), 0.01)
     ratio = (info.log_normaliser - exact.log_mass - (0 if of is None else base.log_mass)).exp()
-    assert within(
-        ratio, 1.0, 0.1 if gradient == "half" else 0.02
-    )  # half: left-point in the reward, first order
+    assert within(ratio, 1.0, 0.02)
     _, zeroed = feynman_kac(d, unit(16, 1, 5), table, **{**options, "when": 0.0})
     flat = mass(zeroed.particles, torch.full_like(zeroed.weights, 1 / 400))
     assert (flat.mean() - below_zero(exact)).abs() > 10 * flat.std() / 4
@@ -206,7 +204,7 @@ def test_what_is_left_halves_with_the_step_and_quarters_at_second_order():
     def bias(steps, second):
         times = grids.logsnr(d.path, steps)
         table = sde_dpmpp(d.path, times, order=2) if second else ddim(d.path, times, eta=1.0)
-        quadrature = "adams" if second else "left"
+        quadrature = "trapezoid" if second else "left"
         _, info = feynman_kac(d, unit(1, 1, 1), table, quadrature=quadrature, **options)
         return float((info.log_normaliser - A.power(2).log_mass).exp()) - 1
 
@@ -215,6 +213,95 @@ def test_what_is_left_halves_with_the_step_and_quarters_at_second_order():
     assert first[0] > 0.08 and 1.7 < first[0] / first[1] < 3.0
     second = bias(16, True), bias(32, True)
     assert second[0] < -0.05 and 2.6 < second[0] / second[1] < 6.5
+
+
+def test_the_papers_weights_of_half_a_gradient_are_of_first_order():
+    d, exact = A.denoiser(paths.edm(sigma_max=300.0, sigma_min=0.01)), A.tilt([-1.0], -1.0)
+
+    def bias(steps, quadrature):
+        target = targets.tilt(lambda x: -x[:, 0] - 0.5 * x[:, 0] ** 2, gradient="half")
+        table = ddim(d.path, grids.logsnr(d.path, steps), eta=1.0)
+        _, info = feynman_kac(d, unit(1, 1, 1), table, target=target, particles=8000, quadrature=quadrature)
+        return float((info.log_normaliser - exact.log_mass).exp()) - 1
+
+    # one run's standard error is 0.01
+    left = bias(20, "left"), bias(40, "left")
+    assert left[0] < -0.1 and 1.4 < left[0] / left[1] < 3.0
+    assert abs(bias(20, "trapezoid")) < 0.05
+
+
+def test_what_random_probes_do_to_the_mean_weight_is_taken_off_by_two():
+    """Two modes on the diagonal of three dimensions: the Jacobian is far from diagonal."""
+    means = torch.tensor([[1.5], [-1.5]]).double().expand(2, 3)
+    d = GaussianMixture([0.5, 0.5], means, 0.3).denoiser(paths.edm(sigma_max=100.0))
+    table = sde_dpmpp(d.path, grids.logsnr(d.path, 24, t_min=0.02), order=2)
+
+    def normaliser(divergence):
+        options = {"target": targets.anneal(3.0), "drift": "transport", "particles": 250}
+        _, info = feynman_kac(d, unit(16, 3), table, divergence=divergence, **options)
+        return info.log_normaliser.exp()
+
+    exact, one, two = normaliser("exact"), normaliser(1), normaliser(2)
+    se = math.hypot(float(exact.std()), float(two.std())) / 4
+    assert abs(float(two.mean() - exact.mean())) < 3 * se
+    assert float(one.mean() - exact.mean()) > 8 * se
+
+
+def variance_of(drift, rho, v, power):
+    """Of ancestral steps on one Gaussian's power by itself: E = power * rho (x - m) / (v + rho^2), and noise z."""
+    share, noise = {
+        "target": (power, 1.0), "tempered": ((1 + power) / 2, power**-0.5), "transport": (1.0, power**-0.5)
+    }[drift]  # fmt: skip
+    found = rho[0] ** 2 / power
+    for now, then in zip(rho[:-1], rho[1:], strict=True):
+        to_clean = share * now * now / (v + now * now)  # x - x0 over x - m
+        rest = (then / now) ** 2
+        found = found * (1 - (1 - rest) * to_clean) ** 2 + (noise * then) ** 2 * (1 - rest)
+    return found
+
+
+@pytest.mark.parametrize("drift", ["target", "tempered", "transport"])
+def test_the_root_of_one_gaussian_under_each_drift(drift):
+    """Unweighted the SDEs end at three variances, by solving theirs: v (2 + log(w / v)) for w = v + rho^2 at the start,
+    v / B^2 and v / B; weighted all at the last. (A power above 1 the first two leave too narrow to be weighed well.)"""
+    v, power = 0.8, 0.5
+    end = {
+        "target": v * (2 + math.log((v + 200.0**2) / v)),
+        "tempered": v / power**2,
+        "transport": v / power,
+    }[drift]
+    assert variance_of(drift, np.geomspace(200.0, 1e-3, 20_000), v, power) == pytest.approx(end, rel=4e-3)
+    d = GaussianMixture([1.0], [[0.5]], v).denoiser(paths.edm(sigma_max=200.0, sigma_min=0.01))
+    table = ddim(d.path, grids.logsnr(d.path, 30), eta=1.0)
+    options = {"target": targets.anneal(power), "drift": drift, "particles": 250, "divergence": "exact"}
+    _, info = feynman_kac(d, unit(16), table, when=0.0, **options)
+    wanted = variance_of(drift, d.path.rho(table.times), v, power)
+    assert float(info.particles.var()) == pytest.approx(wanted, rel=3 * (2 / 4000) ** 0.5)
+    table = sde_dpmpp(d.path, grids.logsnr(d.path, 60), order=2)
+    _, info = feynman_kac(d, unit(16), table, **options)
+    weighted = (info.weights * (info.particles[..., 0] - 0.5).square()).sum(-1)
+    assert within(weighted, v / power, 0.05)
+    log_z = 0.25 * math.log(2 * math.pi * v) - 0.5 * math.log(power)
+    assert within((info.log_normaliser - log_z).exp(), 1.0, 0.02)
+
+
+def test_the_tempered_drift_wants_the_reverse_noise():
+    d, noise = P.denoiser(paths.flow(), "flow"), unit(2, 2)
+    times = grids.uniform(d.path, 12, t_max=0.99)
+    options = {"target": targets.anneal(1.5), "drift": "tempered", "particles": 4}
+    for table in (ddim(d.path, times, eta=1.0), sde_dpmpp(d.path, times, order=2)):
+        x, _ = feynman_kac(d, noise, table, **options)
+        assert torch.isfinite(x).all()
+    for table in (ddim(d.path, times, eta=0.5), heun(d.path, times)):
+        bad(
+            "table must draw the reverse SDE's own noise", lambda t=table: feynman_kac(d, noise, t, **options)
+        )
+    # where B = 1 there is nothing to temper
+    same = [
+        feynman_kac(d, noise, ddim(d.path, times, eta=0.5), drift=drift, particles=3)[0]
+        for drift in ("target", "tempered", "transport")
+    ]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
 
 
 def test_paths_and_predictions_change_nothing():
@@ -269,6 +356,41 @@ def test_groups_are_alone_and_have_conditions_of_their_own():
     )  # clones went their own ways
 
 
+@pytest.mark.parametrize("drift", ["target", "transport"])
+def test_particles_in_batches_are_the_same_bits(drift):
+    seen = []
+    models = [P.denoiser(paths.edm()), Q.denoiser(paths.edm(), "eps")]
+    for d in models:
+        d.call = lambda x, tau, shift=None, inner=d.call: (
+            seen.append(len(x)),
+            inner(x, tau) + (0 if shift is None else shift[:, None]),
+        )[1]
+    table = sde_dpmpp(models[0].path, grids.logsnr(models[0].path, 5, t_max=20.0), order=2)
+    target = targets.tilt(lambda x: (seen.append(len(x)), -x.square().sum(-1))[1], of=targets.product())
+    cond = {"shift": torch.tensor([0.0, 0.1, -0.2], dtype=torch.float64)}
+    options = {"target": target, "particles": 6, "drift": drift, "divergence": 2, "when": 1.0, "cond": cond}
+    whole, info = feynman_kac(models, unit(3, 2), table, **options)
+    assert set(seen) == {18}
+    for batch in (1, 5, 6, 100):
+        seen.clear()
+        x, parts = feynman_kac(models, unit(3, 2), table, batch=batch, **options)
+        assert max(seen) == min(batch, 18) and parts.calls == info.calls and parts.passes == info.passes
+        assert torch.equal(x, whole) and torch.equal(parts.particles, info.particles)
+        assert torch.equal(parts.weights, info.weights) and torch.equal(
+            parts.log_normaliser, info.log_normaliser
+        )
+
+
+def test_a_rewards_gradient_in_batches_is_the_same():
+    d, table = P.denoiser(paths.edm()), ddim(paths.edm(), grids.logsnr(paths.edm(), 8), eta=1.0)
+    target = targets.tilt(lambda x: -x.square().sum(-1), gradient="full")
+    whole, batched = (
+        feynman_kac(d, unit(2, 2), table, target=target, particles=5, batch=batch)[1].particles
+        for batch in (None, 3)
+    )
+    assert torch.equal(whole, batched)
+
+
 def test_the_calls_that_are_said_are_the_calls_that_are_made():
     made = []
     d = P.denoiser(paths.edm())
@@ -310,10 +432,14 @@ def test_bad_input_is_named():
     table = ddim(d.path, grids.karras(d.path, 4), eta=1.0)
     noise = unit(2, 2)
     bad("target must be one of targets", lambda: feynman_kac(d, noise, table, target="anneal"), TypeError)
-    bad("drift must be 'target' or 'transport'", lambda: feynman_kac(d, noise, table, drift="both"))
+    bad(
+        "drift must be 'target', 'tempered' or 'transport'",
+        lambda: feynman_kac(d, noise, table, drift="both"),
+    )
     bad("divergence must be", lambda: feynman_kac(d, noise, table, divergence="none"))
     bad("quadrature must be", lambda: feynman_kac(d, noise, table, quadrature="simpson"))
     bad("particles must be a positive integer", lambda: feynman_kac(d, noise, table, particles=0))
+    bad("batch must be a positive integer", lambda: feynman_kac(d, noise, table, batch=0))
     bad("table must be a Table", lambda: feynman_kac(d, noise, 4), TypeError)
     bad("noise must have shape", lambda: feynman_kac(d, unit(2, 3), table))
     bad("noise must be a floating-point tensor", lambda: feynman_kac(d, [0.0], table))

@@ -97,7 +97,7 @@ def jacobian_trace(d, x, t):
 def test_divergences_are_traces():
     d = Powers((P.denoiser(paths.flow(), "flow"), Q.denoiser(paths.flow(), "eps")), (2.0, -0.5))
     x = torch.randn(3, 2, generator=torch.Generator().manual_seed(2)).double()
-    outputs, exact = with_divergence(d, x, 0.6, {})
+    outputs, exact, _ = with_divergence(d, x, 0.6, {})
     wanted = jacobian_trace(d, x, 0.6)
     assert torch.allclose(exact, wanted, rtol=1e-9)
     assert all(torch.equal(a, b) for a, b in zip(outputs, d.raw(x, 0.6), strict=True))
@@ -112,13 +112,13 @@ def test_networks_without_a_forward_derivative_go_backwards(monkeypatch):
     x, v = (torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
     label = {"label": torch.tensor([3, 7])}
     probes = [v.sign()]
-    outputs, forward = with_divergence(d, x, 1.0, label, "eps", probes)
+    outputs, forward, _ = with_divergence(d, x, 1.0, label, "eps", probes)
 
     def refused(*_, **__):
         raise NotImplementedError
 
     monkeypatch.setattr(torch.func, "jvp", refused)
-    again, backward = with_divergence(d, x, 1.0, label, "eps", probes)
+    again, backward, _ = with_divergence(d, x, 1.0, label, "eps", probes)
     assert torch.allclose(forward, backward, rtol=1e-4) and torch.allclose(outputs[0], again[0], atol=1e-5)
     assert not again[0].requires_grad
     h = 1e-2 * probes[0]
