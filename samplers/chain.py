@@ -144,8 +144,10 @@ def alongside(chains: Sequence[Diffusion], counts: Sequence[int]) -> Diffusion:
     """A chain for the rows of several of ``groups_of``, side by side: counts[i] of chains[i]."""
     row = copy.copy(chains[0])
     row.cond, row.rows = repeated([chain.cond for chain in chains], counts), sum(counts)
-    noises = [chain.noise for chain in chains]
-    row.noise = torch.cat([noise.expand(n, *noise.shape[1:]) for noise, n in zip(noises, counts)])
+    noises = [
+        chain.noise.expand(n, *row.shape) for chain, n in zip(chains, counts) if chain.noise is not None
+    ]
+    row.noise = torch.cat(noises) if noises else None
     firsts = torch.tensor([chain.first for chain in chains])
     row.first = firsts.repeat_interleave(torch.tensor(counts)).to(row.device)
     return row

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from fewstep.models import GaussianMixture, paths
-from fewstep.models.rewards import RewardError
+from fewstep.models.rewards import RewardError, checked
 from fewstep.samplers import ddim, grids, sde_dpmpp, starting_noise
 from fewstep.samplers.best_of_n import best_of_n, importance
-from fewstep.samplers.chain import alongside, groups_of, repeated
+from fewstep.samplers.chain import Diffusion, Ids, alongside, groups_of, repeated
 from fewstep.samplers.smc_steering import smc_steering
 from fewstep.samplers.svdd import svdd
 from fewstep.samplers.together import Ask, together
+from fewstep.samplers.tree import Tree
+from fewstep.samplers.tree_growth import growing
 from fewstep.samplers.tree_sample import tree_sample
 from fewstep.samplers.tree_search import tree_search
 
@@ -99,7 +101,7 @@ def test_walks_that_begin_at_different_depths_meet():
             seen, _ = yield Ask("look", depth, chain, ((torch.zeros(1),),))
         return begin
 
-    chain.cond, chain.noise, chain.first, chain.device = {}, torch.zeros(1), 0, "cpu"
+    chain.cond, chain.noise, chain.first, chain.device = {}, None, 0, "cpu"
     assert together([walk(2), walk(0), walk(4), walk(3)]) == [2, 0, 4, 3]
     assert joined == [(0, 1), (1, 1), (2, 2), (3, 3)]
 
@@ -116,6 +118,27 @@ def test_conditions_are_repeated_by_group():
     assert torch.equal(opened[:2], chains[0].start(ids[:2])[0]) and torch.equal(
         opened[2:], chains[2].start(ids[2:])[0]
     )
+
+
+def test_trees_go_on_alone_and_together():
+    """Trees of groups, each further on its own or all at once; and two trees on one chain without opening noise."""
+    grown = []
+    for more in (
+        lambda trees: [tree.grow(40) for tree in trees],
+        lambda trees: together(growing(t, 40) for t in trees),
+    ):
+        _, trees = tree_search(D, NOISE, table("ddim"), reward=reward, budget=60, batch=4, cond=COND)
+        more(trees)
+        grown.append([(tree.rewards, tree.parent) for tree in trees])
+    assert grown[0] == grown[1]
+    chain = Diffusion(D, table("ddim"), dtype=torch.float64)
+    trees = [Tree(chain, checked(reward), ids=Ids(first)) for first in (0, 50)]
+    for tree in trees:
+        tree.growth = {"method": "walks", "widen": (1.0, 0.5), "batch": 4, "explore": 0.0}
+    together(growing(tree, 60) for tree in trees)
+    alone = Tree(chain, checked(reward), ids=Ids(0))
+    alone.growth = trees[0].growth
+    assert alone.grow(60).rewards == trees[0].rewards != trees[1].rewards
 
 
 @pytest.mark.parametrize("name", METHODS)
