@@ -58,8 +58,8 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> Features:
-        images = resize(_channels(images, self.channels), self.size, self.size, self.resize)
-        seen = self.network(images.to(self.device))
+        images = _channels(images, self.channels).to(self.device)
+        seen = self.network(resize(images, self.size, self.size, self.resize))
         bad = ~torch.isfinite(seen.values).all(dim=1)
         if bool(bad.any()):
             raise ValueError(

@@ -52,7 +52,7 @@ def build(
         model = module.build_model(state, torch.float32)
         network, size, usual = _Normalised(model.visual, CLIP), model.visual.input_resolution, "bicubic"
     else:
-        network, size, usual = _Normalised(dinov2(state), IMAGENET), DINO_SIZE, "bicubic"
+        network, size, usual = _Normalised(dinov2(state, download), IMAGENET), DINO_SIZE, "bicubic"
     network = network.to(device).eval().requires_grad_(False)
     return Extractor(name, network, size, 3, found.sha256, resize or usual, device, found.published)
 
@@ -70,13 +70,15 @@ def inception(module: Any, state: dict[str, torch.Tensor]) -> nn.Module:
         raise ValueError(f"the weights are not those of FID's InceptionV3: {_short(error)}") from error
 
 
-def dinov2(state: dict[str, torch.Tensor], name: str = "dinov2_vitl14") -> nn.Module:
+def dinov2(state: dict[str, torch.Tensor], download: bool, name: str = "dinov2_vitl14") -> nn.Module:
     """The network from torch's hub, which torch-fidelity takes too, with these weights."""
     repository = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
     options: dict[str, Any] = {"pretrained": False, "verbose": False}
     try:
         if repository.is_dir():  # the code is here: nobody is asked whether there is newer
             network = torch.hub.load(str(repository), name, source="local", **options)
+        elif not download or files.offline():
+            raise FileNotFoundError("downloads are not allowed")
         else:
             network = torch.hub.load("facebookresearch/dinov2:main", name, trust_repo=True, **options)
     except OSError as error:

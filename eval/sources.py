@@ -14,7 +14,9 @@ import io
 import json
 import os
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,7 @@ from .checks import whole_number
 from .images import to_uint8
 from .shards import PLAN, read_plan, shard_file
 
+THREADS, AHEAD = 4, 256  # pictures are decoded by so many threads, at most so many before they are wanted
 NAMED = 5  # files that an error names before it says how many there are
 
 
@@ -113,13 +116,11 @@ def batches(images: Images, rows: Sequence[int], size: int, skip_bad: bool = Fal
     rows = list(rows)
     held: list[torch.Tensor] = []
     kept: list[int] = []
-    for place, row in enumerate(rows):
-        try:
-            image = images.read(row)
-        except ValueError as error:
+    for place, (row, image) in enumerate(_ahead(images.read, rows)):
+        if isinstance(image, ValueError):
             if skip_bad:
                 continue
-            raise ValueError(_broken(images, row, error, rows[place + 1 :], len(rows))) from error
+            raise ValueError(_broken(images, row, image, rows[place + 1 :], len(rows))) from image
         if shape is None:
             shape, first = tuple(image.shape), images.called(row)
         if tuple(image.shape) != shape:
@@ -134,6 +135,28 @@ def batches(images: Images, rows: Sequence[int], size: int, skip_bad: bool = Fal
             held, kept = [], []
     if held:
         yield Batch(torch.stack(held), kept)
+
+
+def _ahead(
+    read: Callable[[int], torch.Tensor], rows: Sequence[int]
+) -> Iterator[tuple[int, torch.Tensor | ValueError]]:
+    """Each row and its image, or what was wrong with it, in order; threads read some ahead of where the network is."""
+
+    def attempt(row: int) -> torch.Tensor | ValueError:
+        try:
+            return read(row)
+        except ValueError as error:
+            return error
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        waiting: deque[tuple[int, Future]] = deque()
+        for row in rows:
+            waiting.append((row, pool.submit(attempt, row)))
+            if len(waiting) > AHEAD:
+                first, image = waiting.popleft()
+                yield first, image.result()
+        for row, image in waiting:
+            yield row, image.result()
 
 
 def _broken(images: Images, row: int, error: ValueError, rest: Sequence[int], total: int) -> str:

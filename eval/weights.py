@@ -83,8 +83,8 @@ def find_weights(weights: Weights, path: str | os.PathLike | None = None, downlo
                     "if it is meant"
                 )
             return Found(cache / name, digest, True)
-    failure = f"{OFFLINE} is set" if os.environ.get(OFFLINE, "0") not in ("", "0") else "download=False"
-    if download and "is set" not in failure:
+    failure = f"{OFFLINE} is set" if offline() else "not allowed (download=False)"
+    if download and not offline():
         try:
             return _download(weights, cache / weights.file)
         except OSError as error:  # URLError is one
@@ -94,6 +94,11 @@ def find_weights(weights: Weights, path: str | os.PathLike | None = None, downlo
         f"(--weights FILE): none; the environment variable {weights.variable}: not set; torch's cache "
         f"{cache}: no {weights.file}; a download from {weights.url}: {failure}"
     )
+
+
+def offline() -> bool:
+    """Whether the environment forbids downloads."""
+    return os.environ.get(OFFLINE, "0") not in ("", "0")
 
 
 def _download(weights: Weights, target: Path) -> Found:
