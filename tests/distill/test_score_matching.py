@@ -21,9 +21,12 @@ def sim_on(bed, stop_x_t=False, **kw):
 
 
 def test_l2_gives_the_closed_gradient(bed, student_gradients):
-    _, on_b = student_gradients(bed, sim_on(bed))
+    on_a, on_b = student_gradients(bed, sim_on(bed))
     inverse_p, inverse_q = torch.linalg.inv(bed.p), torch.linalg.inv(bed.q)
     shift = bed.alpha * (bed.b - bed.m)
+    # E[u y'] = q p^-1 - 1 for u = x_t - alpha b, and S_f moves with A by q^-1 dq q^-1 u
+    both = (inverse_p - inverse_q) @ inverse_q
+    torch.testing.assert_close(on_a, 2 * bed.alpha**2 * (both + both.T) @ bed.a, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close(on_b, 2 * bed.alpha * inverse_q @ inverse_p @ shift, rtol=1e-9, atol=1e-10)
     # the Fisher divergence whose sampling law is not stopped has another gradient
     assert (on_b - 2 * bed.alpha * inverse_p @ inverse_p @ shift).norm() > 0.1 * on_b.norm()
