@@ -32,6 +32,7 @@ from ..models.denoiser import Denoiser
 from ..models.jumps import Jumps
 from ..models.unet import UNet, time_features
 from .card import model_card
+from .opening import DTYPES
 from .stock import NoStockPipeline, Stock
 from .stock_pipelines import stock_pipeline
 from .student import Student
@@ -208,9 +209,13 @@ def betas_through(
     return (-np.expm1(np.diff(log_products, prepend=0.0))).tolist()
 
 
-def save(student: Student, out: Path, name: str, record: dict[str, str]) -> Stock:
-    """Write the stock pipeline and its card as a folder that appears whole."""
+def save(student: Student, out: Path, name: str, record: dict[str, str], dtype: str = "fp32") -> Stock:
+    """Write the stock pipeline and its card as a folder that appears whole; ``dtype``: what weights are stored in."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = stock(student)
+    if DTYPES[dtype] is not None:
+        found.pipeline.to(DTYPES[dtype])
     with written_aside(out) as aside:
         found.pipeline.save_pretrained(aside, safe_serialization=True)
         (aside / "README.md").write_text(card(student, found, name, record))
@@ -247,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, help="a run's folder, runs/NAME")
     parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--dtype", default="fp32", help="what weights are stored in: fp32, bf16 or fp16")
     arguments = parser.parse_args(argv)
     student, recipe, numbers = open_student(arguments.run)
     if arguments.out.exists():
@@ -258,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     record |= {k: f"{v:.4g}" for k, v in numbers.items() if k.startswith(("teacher_", "data_"))}
     try:
-        found = save(student, arguments.out, recipe.name, record)
+        found = save(student, arguments.out, recipe.name, record, arguments.dtype)
     except NoStockPipeline as reason:
         files = f"{arguments.run / 'student.safetensors'} --table {arguments.run / 'table.json'}"
         print(f"no pipeline of diffusers runs {arguments.run}: {reason}.")

@@ -36,6 +36,8 @@ GUIDANCE_OFF = {"true_cfg_scale": 1.0, "guidance_scale": 1.0}
 def stock_pipeline(student: Student) -> Stock:
     """The teacher's pipeline with the student's network and a scheduler that steps as the student does."""
     d = student.d
+    if "gamma" not in student.table.options or d.net is None or isinstance(d.net, torch.nn.ModuleList):
+        raise NoStockPipeline("its experts take turns, and a pipeline has one network")
     pipe = copy.copy(d.codec.pipe)
     name = next(key for key in ("transformer", "unet") if getattr(pipe, key, None) is network_of(pipe))
     pipe.register_modules(**{name: d.net})

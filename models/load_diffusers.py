@@ -152,12 +152,18 @@ def load_pipeline(pipe: Any, **size: int | None) -> Denoiser:
             fixed[SIZES[name]] = value
     text, classes = "prompt" in takes, "class_labels" in takes
     switch = next((name for name in GUIDANCE if name in takes), None)
+    call: dict[str, Any] = dict(fixed)
     if text:
-        asked = _clearly(pipe, fixed | {"prompt": ""} | ({switch: 1.0} if switch else {}))
+        call |= {"prompt": ""} | ({switch: 1.0} if switch else {})
     elif classes:
-        asked = _clearly(pipe, fixed | {"class_labels": [0]} | ({switch: 2.0} if switch else {}))
-    else:
-        asked = _clearly(pipe, fixed)
+        call |= {"class_labels": [0]} | ({switch: 2.0} if switch else {})
+    try:
+        asked = _clearly(pipe, call)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"a {type(pipe).__name__}, asked for {', '.join(call) or 'nothing'} alone: {error}; what can be loaded is "
+            f"{LOADABLE}"
+        ) from error
     distilled = text and any(name in asked.cond for name in DISTILLED)
     scale = "guidance_scale" if distilled else switch
     if distilled and switch == scale:  # it means the scale that the network is told

@@ -117,7 +117,7 @@ def open_items(recipe: DataRecipe) -> Items:
 
 def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = None) -> Data:
     """The data of a recipe, in the form that the teacher takes; ``source``: what it names, if it is open already."""
-    null_label = getattr(teacher.net, "null_label", None)
+    null_label = _null_label(teacher)
 
     def null(cond: dict[str, Any]) -> dict[str, Any] | None:
         if null_label is None or "label" not in cond:
@@ -149,6 +149,12 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
         return x, {} if null_label is None else {"label": labels.to(draws.device, non_blocking=True)}
 
     return Data(source.shape, real, null)
+
+
+def _null_label(teacher: Denoiser) -> int | None:
+    """The label that stands for no class: the number of classes, of networks of ours and of DiT's pipeline."""
+    null = getattr(teacher.codec, "null", None) or {}
+    return null.get("label", getattr(teacher.net, "null_label", None))
 
 
 def as_float(x: torch.Tensor) -> torch.Tensor:

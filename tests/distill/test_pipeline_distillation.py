@@ -49,6 +49,8 @@ RUNS = {
 @pytest.fixture(scope="module")
 def data(pipelines, tmp_path_factory):
     """Pipelines' folders, prompts and latents; a latent's label is its prompt's number."""
+    import diffusers
+
     folder = tmp_path_factory.mktemp("data")
     for name in RUNS:
         pipe = pipelines.build(name)
@@ -57,6 +59,9 @@ def data(pipelines, tmp_path_factory):
                 {**pipe.transformer.config, "num_layers": 2}
             )
         pipe.save_pretrained(folder / name)
+    inpaint = pipelines.build("sd")  # of a family that is not supported: its network sees a mask, too
+    inpaint.unet = pipelines.text_unet(in_channels=9)
+    diffusers.StableDiffusionInpaintPipeline(**inpaint.components).save_pretrained(folder / "inpaint")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"caption": p}) + "\n" for p in PROMPTS))
     (folder / "empty.txt").write_text("\n\n")
@@ -262,6 +267,7 @@ def test_two_ranks_with_a_sharded_pipeline_make_the_losses_of_one(name, lora, da
         ("sdxl", "train.precision=fp32", "teacher.dtype = bf16 is for train.precision = bf16"),
         ("sd", "student.times=[1200]", "times must"),
         ("sd", "teacher.path={data}", "has no model_index.json"),
+        ("sd", "teacher.path={data}/inpaint", "a StableDiffusionInpaintPipeline, asked for .*prompt.* alone: .*what can be"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(name, override, message, data, tmp_path):

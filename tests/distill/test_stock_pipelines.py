@@ -9,8 +9,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from fewstep.distill.export import save
+from fewstep.distill.data import DataRecipe, open_data
+from fewstep.distill.draws import Draws
+from fewstep.distill.export import save, stock
+from fewstep.distill.methods.phased import phased_student
 from fewstep.distill.stock import NoStockPipeline
 from fewstep.distill.stock_pipelines import stock_pipeline, stretched
 from fewstep.distill.student import few_steps
@@ -123,6 +127,25 @@ def test_what_is_saved_steps_as_the_student_does_and_nothing_else(built):
         stock_pipeline(few_steps(d, 2, times=[999.0, 500.5]))
     with pytest.raises(NoStockPipeline, match="DDIMScheduler calls the network at"):
         stock_pipeline(few_steps(d, 2, "ode", times=[999.0, 300.0]))
+
+
+def test_experts_are_no_pipeline(built):
+    with pytest.raises(NoStockPipeline, match="its experts take turns, and a pipeline has one network"):
+        stock(phased_student(denoiser(built["sd"]), 4, 2))
+
+
+def test_weights_are_stored_in_what_is_asked_for(built, tmp_path):
+    student = few_steps(denoiser(built["sd"]).copy())
+    save(student, tmp_path / "half", "a student", {}, "fp16")
+    tensors = load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float16}
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16, got 'int8'"):
+        save(student, tmp_path / "other", "a student", {}, "int8")
+
+
+def test_classes_of_a_pipeline_and_their_null_are_data(built):
+    batch = open_data(DataRecipe("labels"), denoiser(built["dit"])).batch(Draws(0, 0, 0, 8, 8))
+    assert int(batch.cond["label"].max()) < 1000 and set(batch.null["label"].tolist()) == {1000}
 
 
 @pytest.mark.parametrize("shift, calls", [(1.0, 4), (3.0, 4), (3.0, 2), (5.0, 8)])
