@@ -170,10 +170,12 @@ def cell(task: str, name: str, seed: int, runs: Path, threads: int, extra: list[
     if kept.is_file():
         return json.loads(kept.read_text())
     recipe, options = TASKS[task][name]
+    whole = not kept.with_suffix("").exists()  # of a run that was broken off the time is not known
     start, used = time.monotonic(), time.process_time()
     where = [f"seed={seed}", f"name={kept.stem}", f"out={runs}", f"threads={threads}"]
     folder = run(recipe, [*options, *extra, *where])
     spent = {"minutes": (time.monotonic() - start) / 60, "core_minutes": (time.process_time() - used) / 60}
+    spent = spent if whole else {}
     numbers = (mixture_cell if task == "mixture" else digits_cell)(folder) | spent
     write_atomically(kept, json.dumps(numbers))
     return numbers
@@ -273,7 +275,7 @@ def mixture_claims(rows: dict[str, dict[str, list[float]]]) -> dict[str, bool]:
 
 def cells(rows: dict[str, dict[str, list[float]]]) -> int:
     """How many there are."""
-    return sum(len(numbers["minutes"]) for numbers in rows.values())
+    return sum(max(len(values) for values in numbers.values()) for numbers in rows.values())
 
 
 def table(task: str, rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, float]]) -> str:
