@@ -267,7 +267,7 @@ def test_two_ranks_with_a_sharded_pipeline_make_the_losses_of_one(name, lora, da
         ("sdxl", "train.precision=fp32", "teacher.dtype = bf16 is for train.precision = bf16"),
         ("sd", "student.times=[1200]", "times must"),
         ("sd", "teacher.path={data}", "has no model_index.json"),
-        ("sd", "teacher.path={data}/inpaint", "a StableDiffusionInpaintPipeline, asked for .*prompt.* alone: .*what can be"),
+        ("sd", "teacher.path={data}/inpaint", "InpaintPipeline, asked for .*prompt.* alone: .*what can be"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(name, override, message, data, tmp_path):
