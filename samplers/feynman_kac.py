@@ -14,8 +14,8 @@ scaled by 1 / sqrt(B): for one Gaussian its weights are equal, and what they mea
 Gaussians; it needs a divergence. ``"tempered"`` is the paper's other proposal for annealing, tempered noise: the target
 drift's weights, with z = g / sqrt(B) in the place of z = g; for B > 1 its particles are too narrow (of one Gaussian,
 variance v / B^2 where v / B is wanted), and weights that must widen a cloud spread most. Where B = 1 (cfg, geometric
-means, rlg) all are one. A table may draw any noise. The target drift is stiff: at high noise it contracts B times as fast (the tempered
-(1 + B) / 2 times), and steps of more than about 1 / B in lam, or multistep rows, make it swing.
+means, rlg) all are one. A table may draw any noise. The target drift is stiff: at high noise it contracts B times as
+fast (the tempered (1 + B) / 2 times), and steps of more than about 1 / B in lam, or multistep rows, make it swing.
 
 >>> from fewstep.models import GaussianMixture, paths
 >>> from fewstep.samplers import ddim, grids, starting_noise, targets
