@@ -444,6 +444,31 @@ def far(cell: dict[str, Any], method: str) -> float:
     return (a["w1"] - b["w1"]) / math.hypot(a["w1_se"], b["w1_se"])
 
 
+def claims(cells: dict[str, Any]) -> list[str]:
+    """What should hold of every law, of how many it does, and where it does not."""
+    rows: tuple[tuple[str, str, tuple[int, ...], Callable[[dict[str, Any]], bool]], ...] = (
+        ("mass, transport or corrected: within 0.02 + 3 s.e.", "transport", DIMS,
+         lambda c: worst_mass(c, "transport", 0.02)[2]),
+        ("mass, target drift, 1 and 2 dimensions: within 0.05 + 3 s.e.", "target", (1, 2),
+         lambda c: worst_mass(c, "target", 0.05)[2]),
+        ("normaliser, transport or corrected: within 3 s.e. of 1", "transport", DIMS,
+         lambda c: abs(c["transport"]["z"] - 1) < 3 * c["transport"]["z_se"]),
+        ("W1 and MMD, transport or corrected: below mixed scores'", "mixed", DIMS,
+         lambda c: c["transport"]["w1"] < c["mixed"]["w1"] and c["transport"]["mmd"] < c["mixed"]["mmd"]),
+        ("W1, mixed scores: more than 10 s.e. above the floor's", "mixed", DIMS, lambda c: far(c, "mixed") > 10),
+        ("W1, weights zeroed: more than 10 s.e. above the floor's", "zeroed", DIMS, lambda c: far(c, "zeroed") > 10),
+        ("target drift fails in 16: W1 more than 5 s.e. above the floor's, of 2,000 ancestors fewer than 20 left",
+         "target", (16,), lambda c: far(c, "target") > 5 and c["target"]["distinct"] < 20),
+    )  # fmt: skip
+    lines = ["| | holds | but for |", "|---|--:|---|"]
+    for what, method, dims, holds in rows:
+        chosen = {key.removeprefix("law:"): cell for key, cell in cells.items() if key.startswith("law:")}
+        chosen = {key: c for key, c in chosen.items() if int(key.split(":")[0]) in dims and method in c}
+        missed = [key for key, cell in chosen.items() if not holds(cell)]
+        lines.append(f"| {what} | {len(chosen) - len(missed)} of {len(chosen)} | {'; '.join(missed)} |")
+    return lines
+
+
 def report(done: dict[str, Any], command: str, missing: list[str]) -> str:
     lines = [
         "# Feynman-Kac correctors on targets that are known", "", f"`{command}`, {done['device']}.", "",
@@ -453,7 +478,7 @@ def report(done: dict[str, Any], command: str, missing: list[str]) -> str:
         "floor's. *normaliser*: mean over the truth. The divergence is exact in 1 and 2 dimensions, from two probes in "
         "16. The target drift and mixed scores, where B is not 1: ancestral, left-point weights, 192 steps for B up "
         "to 2 and 576 for 4.",
-        "",
+        "", "## What holds", "", *claims(done["cells"]), "",
     ]  # fmt: skip
     for dim in DIMS:
         lines += [f"## {dim} dimension{'s' if dim > 1 else ''}", ""]
