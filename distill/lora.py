@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,7 +41,9 @@ def share_network(
         targets = [n for n, m in teacher.net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for name in (STUDENT, CRITIC):
         config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
-        inject_adapter_in_model(config, teacher.net, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # two are meant
+            inject_adapter_in_model(config, teacher.net, adapter_name=name)
     if not adapter_layers(teacher.net):
         raise ValueError(f"lora.targets {list(targets)} name no layer of the network")
     teacher.net.requires_grad_(False)

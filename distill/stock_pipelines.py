@@ -182,7 +182,7 @@ def stretched(shift: float, calls: int, total: int = 1000) -> tuple[float, float
         r d s^2 - (1 - r) (1 - d) s + (1 - d) = 0,        shift_terminal = S / (S + n - 1)
 
     >>> [round(v, 3) for v in stretched(3.0, 4)], stretched(1.0, 4)
-    ([2.003, 0.5], (1.0, 0.25))
+    ([2.004, 0.5], (1.0, 0.25))
     """
     r, d = (shift - 1) * (calls - 1) / (calls * shift), 1 / total
     half, rest = (1 - r) * (1 - d), 1 - d
