@@ -9,6 +9,7 @@ VERBS = {
         ".eval_fid",
         "distances between samples and a reference: FID, KID, precision, ... with their protocol",
     ),
+    "suite": (".eval_suite", "samplers against each other: curves, samples and tables on one page"),
     "stats": (".eval_stats", "reference statistics of images: mu and sigma, as every tool reads them"),
 }
 

@@ -55,7 +55,9 @@ def maker(arguments: argparse.Namespace, rest: list[str], device: torch.device) 
         raise ValueError(f"--table is a table as it is: it takes no {' '.join(rest)}")
     solver = catalogue.find(arguments.solver)
     options = solver_options(solver, rest)
-    lines = None if arguments.prompts is None else _lines(arguments)
+    if arguments.prompt and arguments.prompts:
+        raise ValueError("--prompt and --prompts exclude each other")
+    lines = None if arguments.prompts is None else read_prompts(arguments.prompts)
     if lines is not None:
         arguments.prompt = lines[:1]
     d, cond, classes = told(arguments, device, blocks=True)
@@ -96,14 +98,13 @@ def maker(arguments: argparse.Namespace, rest: list[str], device: torch.device) 
     return Maker(make, {**facts, "table": _digest(table.to_json()), "solver": table.solver}, table)
 
 
-def _lines(arguments: argparse.Namespace) -> list[str]:
-    if arguments.prompt:
-        raise ValueError("--prompt and --prompts exclude each other")
-    if not arguments.prompts.is_file():
-        raise FileNotFoundError(f"--prompts: there is no file {arguments.prompts}")
-    lines = [line.strip() for line in arguments.prompts.read_text(encoding="utf-8").splitlines()]
+def read_prompts(file: Path) -> list[str]:
+    """A prompt a line."""
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts: there is no file {file}")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     if not lines or not all(lines):
-        raise ValueError(f"{arguments.prompts} must have a prompt in every line, and at least one")
+        raise ValueError(f"{file} must have a prompt in every line, and at least one")
     return lines
 
 
