@@ -75,6 +75,7 @@ def main(argv: list[str]) -> int:
         seen = see(samples, extractor, arguments.num, keep, skip_bad=arguments.skip_bad, **options)
         say_skipped(seen, ranks)
         if not ranks.first:
+            ranks.wait()  # to leave together: gloo may hang where one leaves long before the others
             return 0
         if unknown := reference.protocol.unknown([name for name in FEATURES if name != "rounding"]):
             print(
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> int:
         if arguments.out is not None:
             with written_aside(arguments.out) as aside:
                 aside.write_text(json.dumps([number.record() for number in numbers], indent=1) + "\n")
+        ranks.wait()
     finally:
         processes.finish()
     return 0

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
             features, labels = (seen.features, seen.labels) if arguments.keep_features else (None, None)
             write_statistics(arguments.out, Statistics(seen.stats.finish(), seen.protocol, features, labels))
             print(f"{arguments.out}: {seen.protocol.line()}")
+        ranks.wait()
     finally:
         processes.finish()
     return 0

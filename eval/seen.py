@@ -12,6 +12,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,4 +159,13 @@ def _told(what, ranks: Ranks) -> list:
 def _bar(total: int, shown: bool):
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, unit="image", disable=None if shown else True, leave=False)
+    # Even one that is not shown starts a thread.
+    return tqdm(total=total, unit="image", disable=None, leave=False) if shown else _NoBar()
+
+
+class _NoBar(nullcontext):
+    def __enter__(self):
+        return self
+
+    def update(self, count: int) -> None:
+        """Nothing to show."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,28 +60,34 @@ def of_one(ranks: Ranks) -> dict:
     return found
 
 
-def process(rank: int, port: int, folder: str, work) -> None:
+def process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        torch.save(work(Ranks(rank, 2)), f"{folder}/{rank}.pt")
+        ranks = Ranks(rank, 2)
+        torch.save((of_one(ranks), of_different_kinds(ranks)), folder / f"{rank}.pt")
+        ranks.wait()  # torch 2.6's gloo may hang where one leaves long before the other
     finally:
         dist.destroy_process_group()
 
 
-def on_two(folder, work) -> list:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory) -> list:
+    """What each of two processes, which run this file, found and said."""
+    folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (port, str(folder), work)
-    # Forked: a fresh interpreter would spend seconds on importing torch.
-    torch.multiprocessing.start_processes(process, arguments, nprocs=2, start_method="fork")
+    words = [[sys.executable, __file__, str(rank), str(port), str(folder)] for rank in range(2)]
+    running = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True) for line in words]
+    said = [process.communicate(timeout=110)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def test_two_are_one(tmp_path):
-    one, both = of_one(ALONE), on_two(tmp_path, of_one)
-    for two in both:
+def test_two_are_one(both):
+    one = of_one(ALONE)
+    for two, _ in both:
         for name in CUTS:
             assert two[name].n == 50
             assert torch.allclose(two[name].mean, one[name].mean, rtol=1e-14, atol=0)
@@ -130,9 +139,13 @@ class Mixed:
         return Images("broken", 4, read, str)
 
 
-def test_what_is_wrong_on_one_is_said_by_all(tmp_path):
-    for said in on_two(tmp_path, of_different_kinds):
+def test_what_is_wrong_on_one_is_said_by_all(both):
+    for _, said in both:
         assert said[0] == "ranks saw features of [3, 4] dimensions; expected one number for all"
         assert said[1].startswith("ranks have rows of different kinds")
         assert said[2].startswith("images of mixed have shapes [(1, 8, 8), (1, 9, 9)]")
         assert said[3].startswith("1 of 2 images of broken cannot be read: 3 (damaged)")
+
+
+if __name__ == "__main__":
+    process(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
