@@ -95,4 +95,22 @@ def estimate_and_logits(
     """d's estimate of x0 and the logits (B, heads) on its features, from one forward."""
     with d.tap(discriminator.names) as features:
         x0 = d(x, t, **cond)
+    gathered_again(d.net, features)
     return x0, discriminator(features)
+
+
+def gathered_again(net: nn.Module | None, features: Mapping[str, torch.Tensor]) -> None:
+    """Where ``net`` is sharded: its root's weights are gathered when a gradient comes back to its features.
+
+    FSDP gathers a module's weights when a gradient comes to its *output*. Where a loss reads features alone none comes to
+    the root's, and what it holds itself, before the blocks, would still be scattered.
+    """
+    if not hasattr(net, "unshard"):
+        return
+
+    def gather(_gradient: torch.Tensor) -> None:
+        net.unshard()  # type: ignore[union-attr, operator]
+
+    for value in features.values():
+        if value.requires_grad:
+            value.register_hook(gather)

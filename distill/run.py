@@ -61,8 +61,9 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     players = cast(recipe, method, teacher, data)
     back = _backtrack(recipe, players, data, folder)
     players = players if back is None else back.begin(players)
+    whole = recipe.shard != "fsdp" or ranks.world == 1  # what is sharded goes to the device as shards
     for net in networks(players):
-        shard(net if recipe.shard == "fsdp" else net.to(ranks.device), recipe.shard, ranks)
+        shard(net.to(ranks.device) if whole else net, recipe.shard, ranks)
     if players.adapters is not None:  # sharding has put others in their place
         players = players._replace(adapters=adapters_of(players.teacher.net))
     found = checkpoints.newest(folder / "checkpoints")

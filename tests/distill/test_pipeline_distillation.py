@@ -220,7 +220,11 @@ def _rank(rank, port, calls):
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on a CPU came with torch 2.7")
-@pytest.mark.parametrize("name, lora", [("flux", 0), pytest.param("sdxl", 2, marks=slow)])
+# sd3 and sd with a GAN: a loss of features alone, which no gradient of the root's output announces
+@pytest.mark.parametrize(
+    "name, lora",
+    [("sd3", 2), *(pytest.param(*case, marks=slow) for case in (("flux", 0), ("sdxl", 2), ("sd", 0)))],
+)
 def test_two_ranks_with_a_sharded_pipeline_make_the_losses_of_one(name, lora, data, tmp_path):
     options = [
         f"lora.rank={lora}",
