@@ -102,8 +102,8 @@ def estimate_and_logits(
 def gathered_again(net: nn.Module | None, features: Mapping[str, torch.Tensor]) -> None:
     """Where ``net`` is sharded: its root's weights are gathered when a gradient comes back to its features.
 
-    FSDP gathers a module's weights when a gradient comes to its *output*. Where a loss reads features alone none comes to
-    the root's, and what it holds itself, before the blocks, would still be scattered.
+    FSDP gathers a module's weights when a gradient comes to its *output*. Where a loss reads features alone none comes
+    to the root's, and what it holds itself, before the blocks, would still be scattered.
     """
     if not hasattr(net, "unshard"):
         return
