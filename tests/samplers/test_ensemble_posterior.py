@@ -204,8 +204,8 @@ def test_isotropic_and_full_steps_draw_from_one_density():
 
 def test_the_right_half_of_digits_nearer_than_by_gradients_of_the_guess():
     """Eight held-out digits of which the left half is seen, twelve steps: the mean of 48 particles in ensembles of
-    three beside that of 16 draws of DPS, which cost as much: a lead in PSNR of more than two standard errors, and
-    90 % intervals that hold about as much."""
+    three beside that of 16 draws of DPS at its paper's strength (benchmarks/posterior.py tries others), which cost as
+    much: a lead in PSNR of more than two standard errors, and 90 % intervals that hold about as much."""
     pytest.importorskip("sklearn")
     d, images = load("digits-edm"), torch.as_tensor(digits("held_out")[0])[::45][:8]
     mask = torch.zeros(1, 8, 8, dtype=torch.bool)
