@@ -23,18 +23,22 @@ from fewstep.models import load
 LCM4 = [999.0, 749.0, 499.0, 249.0]
 STUDENTS = {
     "sd, four steps": ("sd", {"steps": 4, "times": LCM4}, "LCMScheduler"),
-    "sd, its own noise": ("sd", {"steps": 4, "sampler": "ode"}, "DDIMScheduler"),
     "sd, three times of its own": ("sd", {"times": [999.0, 400.0, 100.0], "steps": 3}, "LCMScheduler"),
     "sd, one step at 399": ("sd", {"times": [399.0]}, "LCMScheduler"),
-    "sdxl, one step": ("sdxl", {"steps": 1}, "DDIMScheduler"),
     "sdxl, three steps": ("sdxl", {"steps": 3}, "LCMScheduler"),
     "dit, two steps": ("dit", {"steps": 2}, "LCMScheduler"),
     "sd3, four steps, shifted": ("sd3", {"steps": 4}, "FlowMatchEulerDiscreteScheduler"),
-    "sd3, one step": ("sd3", {"steps": 1}, "FlowMatchEulerDiscreteScheduler"),
     "sd3, times of its own": ("sd3", {"steps": 2, "times": [1.0, 0.3]}, "FlowMatchEulerDiscreteScheduler"),
     "flux, four steps": ("flux", {"steps": 4}, "FlowMatchEulerDiscreteScheduler"),
-    "flux, its own noise": ("flux", {"steps": 2, "sampler": "ode"}, "FlowMatchEulerDiscreteScheduler"),
 }
+# held against their tables alone, without a process of their own
+MORE = [
+    ("sd", {"steps": 4, "sampler": "ode"}, "DDIMScheduler"),
+    ("sdxl", {"steps": 1}, "DDIMScheduler"),
+    ("sd3", {"steps": 1}, "FlowMatchEulerDiscreteScheduler"),
+    ("sd3", {"steps": 4, "sampler": "ode"}, "FlowMatchEulerDiscreteScheduler"),
+    ("flux", {"steps": 2, "sampler": "ode"}, "FlowMatchEulerDiscreteScheduler"),
+]
 # One process for all, without fewstep: noise is read from a file, calls of the network are counted.
 ALONE = """
 import sys, json, pathlib, numpy, torch, diffusers
@@ -127,6 +131,12 @@ def test_what_is_saved_steps_as_the_student_does_and_nothing_else(built):
         stock_pipeline(few_steps(d, 2, times=[999.0, 500.5]))
     with pytest.raises(NoStockPipeline, match="DDIMScheduler calls the network at"):
         stock_pipeline(few_steps(d, 2, "ode", times=[999.0, 300.0]))
+
+
+@pytest.mark.parametrize("kind, options, scheduler", MORE)
+def test_schedulers_are_chosen_by_their_steps(kind, options, scheduler, built):
+    found = stock(few_steps(denoiser(built[kind]), **options))
+    assert type(found.pipeline.scheduler).__name__ == scheduler
 
 
 def test_experts_are_no_pipeline(built):
