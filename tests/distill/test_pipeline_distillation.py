@@ -90,7 +90,7 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "name", ["sd", "flux", pytest.param("sdxl", marks=slow), pytest.param("sd3", marks=slow)]
+    "name", ["sd", *(pytest.param(name, marks=slow) for name in ("sdxl", "sd3", "flux"))]
 )
 def test_a_shipped_recipe_is_trained_resumed_and_exported(name, data, tmp_path, capsys):
     for iters in (1, 2):
