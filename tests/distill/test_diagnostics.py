@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,10 +118,10 @@ def test_in_every_phase_the_exact_critic_fits_and_the_weights_are_finite(phase):
 def test_a_run_logs_them_and_warns(tmp_path, monkeypatch):
     from fewstep.distill.run import run
 
+    recipe = str(Path(__file__).with_name("tiny.yaml"))
     gan = "method={name: fdistill, divergence: js, gan: {features: critic, layers: [blocks.0], student: 0.1}}"
-    options = ["student.net.hidden_size=16", "student.net.depth=1", "student.warm_up=2", "train.batch=16", gan,
-               "train.critic_steps=1", "train.iters=2", "report.exam=64", "threads=1", f"out={tmp_path}"]  # fmt: skip
-    folder = run("dmd2-mixture", options)
+    options = [gan, "train.iters=2", f"out={tmp_path}"]
+    folder = run(recipe, options)
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"critic_fit", "critic_gap", "critic_error", "teacher_error", "contrast", "gan_accuracy"} <= set(
         line
@@ -128,7 +129,7 @@ def test_a_run_logs_them_and_warns(tmp_path, monkeypatch):
     assert {"ratio_clipped", "weight_square"} <= set(line)
     monkeypatch.setattr("fewstep.distill.run.contrast", lambda made, teacher: 2.0)
     with pytest.warns(UserWarning, match="the samples are saturated"):
-        folder = run("dmd2-mixture", [*options, "name=saturated"])
+        folder = run(recipe, [*options, "name=saturated"])
     assert "saturated" in (folder / "metrics.jsonl").read_text()
 
 
