@@ -275,7 +275,7 @@ def tables(known: dict) -> str:
                 spread = f"{np.mean(logs):.2f} +- {np.std(logs):.2f}" if logs else ""
                 cells += [
                     str(len(found)),
-                    f"{gaps.mean():.3f} +- {error(gaps):.3f}",
+                    f"{gaps.mean():.3f}" + (f" +- {error(gaps):.3f}" if len(gaps) > 1 else ""),
                     spread,
                     f"{best:.4g}",
                 ]
