@@ -320,6 +320,7 @@ def nearest(known: dict, name: str, budget: int) -> str:
     ways = {
         m: [v["w1"] for k, v in known.items() if k.startswith(f"sample|{name}|{budget}|{m}|")]
         for m in METHODS
+        if m not in ("tree search", "best of n")  # they sample no law
     }
     first = min((m for m in ways if ways[m]), key=lambda m: np.mean(ways[m]))
     rest = {m: lead(known, name, budget, m, first) for m in ways if m != first and ways[m]}
