@@ -30,7 +30,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 INTERPRETED := $(wildcard tests/interpreter/test_*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench tables compat docs clean
+.PHONY: help demo test test-slow check format bench tables compat docs notebooks report-look clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
@@ -76,6 +76,23 @@ compat: $(VENV)/.test ## diffusers' own scheduler tests on ours: make compat DIF
 docs: $(VENV)/.docs ## build the documentation into out/site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --site-dir out/site
 	@echo out/site/index.html
+
+notebooks: $(VENV)/.test ## run the notebooks into out/notebooks, with jupyter where it is installed
+	@$(PY) -c 'import nbconvert, ipykernel' 2>/dev/null || { \
+	  echo 'jupyter is not installed: $(PIP) nbconvert ipykernel (make test runs them without)' >&2; exit 1; }
+	$(PY) -m nbconvert --to notebook --execute --output-dir out/notebooks notebooks/*.ipynb $(ARGS)
+
+# Debian calls the package chromium; CHROMIUM=path for another one.
+CHROMIUM ?= $(firstword $(shell command -v chromium chromium-browser google-chrome 2>/dev/null))
+REPORT ?= out/report
+
+report-look: $(VENV)/.test ## a suite's page as a browser shows it, in out/report.png; look at it (REPORT=folder for yours)
+	@test -n "$(CHROMIUM)" || { echo 'no Chromium here: apt-get install chromium, or say CHROMIUM=path' >&2; exit 1; }
+	test -f $(REPORT)/index.html || $(PY) -m fewstep eval suite --model digits --samplers abm,deis,heun --nfe 5,10 \
+	  --num 100 --metrics fd,prdc --out $(REPORT)
+	"$(CHROMIUM)" --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,2000 \
+	  --screenshot="$(CURDIR)/out/report.png" "file://$(abspath $(REPORT))/index.html" 2>/dev/null
+	@test -s out/report.png && echo out/report.png
 
 clean: ## remove .venv and everything that was made
 	rm -rf $(VENV) out build dist fewstep.egg-info .pytest_cache .ruff_cache

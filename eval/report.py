@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from .files import written_aside
 from .images import grid
@@ -34,10 +35,10 @@ UNITS = {
     "kid-full": "kernel distance, all pairs",
     "is": "inception score",
     "sw2": "sliced Wasserstein distance",
-    "precision": "precision, share of samples",
-    "recall": "recall, share of reference",
-    "density": "density, 1 as the reference",
-    "coverage": "coverage, share of reference",
+    "precision": "share of the samples",
+    "recall": "share of the reference",
+    "density": "1 as in the reference",
+    "coverage": "share of the reference",
 }
 
 
@@ -81,12 +82,14 @@ def curves(rows: Sequence[Mapping[str, Any]]):
     """A matplotlib figure: a panel a metric, its value against network calls, a line a sampler."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
     except ImportError as error:
         raise ImportError(f"reports need matplotlib ({error}): pip install 'fewstep[eval]'") from error
     metrics, samplers = _once(r["metric"] for r in rows), _once(r["sampler"] for r in rows)
     columns = min(3, len(metrics))
     lines = math.ceil(len(metrics) / columns)
     figure = Figure(figsize=(1.2 + 4.2 * columns, 0.9 + 3.2 * lines), layout="constrained", dpi=110)
+    figure.get_layout_engine().set(hspace=0.06)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, metric in zip(axes, metrics, strict=False):
         values = [r["value"] for r in rows if r["metric"] == metric]
@@ -105,15 +108,29 @@ def curves(rows: Sequence[Mapping[str, Any]]):
                 ax.plot(
                     *zip(*papers, strict=True), "x", color=f"C{index % 10}", label=f"{sampler}, as published"
                 )
-        ticks = sorted({r["calls"] for r in rows})
+        ticks = sorted({r["budget"] for r in rows})
         ax.set(xscale="log", xlabel="network calls a sample", ylabel=UNITS.get(metric, metric))
         ax.set_xticks(ticks, [str(n) for n in ticks])
         ax.set_xticks([], minor=True)
         if min(values) > 0 and metric not in BETTER_HIGH:
             ax.set_yscale("log")
+            wide = max(values) > 4 * min(values)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)) if wide else MaxNLocator(5))
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
         ax.set_title(f"{metric}, {'higher' if metric in BETTER_HIGH else 'lower'} is better", fontsize=10)
         ax.grid(alpha=0.3, which="both")
-        ax.legend(fontsize=8)
+    lines_of = {
+        label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines_of.values(),
+        lines_of.keys(),
+        loc="outside lower center",
+        ncols=2 * columns,
+        fontsize=9,
+        frameon=False,
+    )
     for ax in axes[len(metrics) :]:
         ax.set_visible(False)
     return figure
@@ -126,7 +143,12 @@ def _samples(pictures: Mapping[tuple[str, int], torch.Tensor]):
     samplers, budgets = _once(s for s, _ in pictures), sorted(_once(b for _, b in pictures))
     one = next(iter(pictures.values()))
     empty = torch.zeros_like(one)
-    cells = [tile(pictures.get((s, b), empty), columns=min(len(one), 5)) for s in samplers for b in budgets]
+
+    def cell(key: tuple[str, int]) -> torch.Tensor:
+        apart = functional.pad(pictures.get(key, empty), (1, 1, 1, 1), value=128)  # a grey line between two
+        return tile(apart, columns=min(len(one), 5))
+
+    cells = [cell((s, b)) for s in samplers for b in budgets]
     return grid(
         torch.stack(cells), len(budgets), [_folded(s) for s in samplers], [f"{b} calls" for b in budgets],
         scale=max(1, 40 // one.shape[-1]),
@@ -175,13 +197,17 @@ th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child {{ text-align: left }}
 td.best {{ font-weight: 600 }}
 footer, small {{ color: #555; font-size: 13px }}
-.wide {{ overflow-x: auto }}
+.wide {{ overflow-x: auto; font-size: 13px; white-space: nowrap }}
+.wide td {{ max-width: 9rem; overflow: hidden; text-overflow: ellipsis }}
+.wide td:first-child {{ max-width: none }}
+.beside {{ display: flex; flex-wrap: wrap; gap: 0 3rem }}
+h3 {{ margin: 1rem 0 -.5rem }}
 </style>
 <h1>{text(title)}</h1>
 <p>{text(about)}</p>
 <h2>Quality against network calls</h2>
 <img alt="Metrics against network calls, a line a sampler" src="{_embedded(quality)}">
-{tables}
+<div class="beside">{tables}</div>
 <h2>Samples of the same noise</h2>
 <img alt="Samples, a row a sampler and a column a budget of calls" src="{_embedded(samples)}">
 <h2>Every number</h2>
@@ -212,14 +238,14 @@ def _by_calls(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
     heads = "".join(f"<th>{b} calls</th>" for b in budgets)
     name = html.escape(UNITS.get(metric, metric))
     table = f"<table><tr><th></th>{heads}</tr>{''.join(lines)}</table>"
-    return f"<h3>{html.escape(metric)} <small>{name}</small></h3>{table}\n"
+    return f"<section><h3>{html.escape(metric)} <small>{name}</small></h3>{table}</section>\n"
 
 
 def _cell(row: Mapping[str, Any], best: bool) -> str:
     fewer = f" <small>({row['calls']} calls)</small>" if row["calls"] != row["budget"] else ""
     error = "" if row["stderr"] is None else f" ± {row['stderr']:.2g}"
     paper = "" if row["expected"] is None else f" <small>paper {shown(row['expected'])}</small>"
-    return f"<td{' class=best' if best else ''}>{row['value']:.4g}{error}{fewer}{paper}</td>"
+    return f"<td{' class=best' if best else ''}>{row['value']:#.4g}{error}{fewer}{paper}</td>"
 
 
 def _long(rows: Sequence[Mapping[str, Any]]) -> str:
