@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fewstep import samplers
+from fewstep.distill.losses import DIVERGENCES, Divergence, score_distillation_gradient, variational_gradient
 from fewstep.eval import sliced_wasserstein
 from fewstep.models import Denoiser, GaussianMixture, gaussian, paths
 from fewstep.models.paths import Path as NoisePath
@@ -488,14 +490,126 @@ def posterior_page(figure: Figure) -> None:
     scatter(figure, {"exact": exact.sample(800), "ensemble_posterior": weighted, "dps": guided})
 
 
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+def f_distill_page(figure: Figure) -> None:
+    """The weights of f-divergences, and where their exact gradients lead a Gaussian that starts near one mode of two."""
+    left, right = figure.subplots(1, 2)
+    names = ("rkl", "softened_rkl", "js", "hellinger", "kl")
+    ratio = torch.logspace(-1.5, 1.5, 200, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    x = torch.linspace(-5, 5, 500, dtype=torch.float64)
+    modes = GaussianMixture([0.5, 0.5], [[-1.5], [1.5]], 0.3**2)
+    right.fill_between(x, modes.log_prob(x[:, None]).exp(), color="0.85", label="teacher")
+    styles = ("-", (0, (5, 5)), "-", (0, (6, 4)), (3, (2, 4)))  # some lines coincide
+    dashes = dict(zip(names, styles, strict=True))
+    for name in names:
+        divergence = DIVERGENCES[name]
+        left.plot(ratio, divergence.weight(ratio) / divergence.weight(one), label=name)
+        a, b = _led(modes, divergence, a=0.5, b=0.7)
+        density = torch.distributions.Normal(b, a).log_prob(x).exp()
+        right.plot(x, density, linestyle=dashes[name], label=f"{name}: {b:.2f} ± {a:.2f}")
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="density ratio r, teacher over student",
+        ylabel="weight h(r) / h(1)",
+    )
+    right.set(xlabel="x", ylabel="density")
+    left.legend(fontsize=8)
+    right.legend(fontsize=7)
+
+
+def _led(modes: GaussianMixture, divergence: Divergence, a: float, b: float) -> tuple[float, float]:
+    """(a, b) of the student x0 = a z + b after gradient descent; expectations are sums over a line."""
+    path, x = paths.edm(), torch.linspace(-9, 9, 901, dtype=torch.float64)
+    d = modes.denoiser(path)
+    for k in range(240):
+        sigma = (0.1, 0.3)[k % 2]
+        law = torch.distributions.Normal(b, math.sqrt(a * a + sigma * sigma))
+        log_q, spread = law.log_prob(x), a * a + sigma * sigma
+        real, fake = d(x[:, None], sigma)[:, 0], x - sigma**2 * (x - b) / spread
+        weight = divergence.weight((modes.log_prob(x[:, None], path, sigma) - log_q).exp())
+        g = log_q.exp() * 0.02 * weight * (fake - real) / sigma**2
+        rate = 0.15 * spread * min(1.0, 2 * (1 - k / 240))
+        on_a, on_b = float((g * a * (x - b) / spread).sum()), float(g.sum())
+        a, b = a - rate * max(-2.0, min(2.0, on_a)), b - rate * max(-2.0, min(2.0, on_b))
+    return abs(a), b
+
+
+def score_distillation_page(figure: Figure) -> None:
+    """Points moved by SDS, and by VSD whose critic is the exact score of the points' own kernel estimate."""
+    path, points, sigmas = paths.edm(), noise(400) * 1.5, torch.logspace(0, -1, 300)
+    d, width = RING.denoiser(path), 0.05
+    sds = vsd = points
+    for k, sigma in enumerate(sigmas.tolist()):
+        eps = noise(400, seed=k + 1)
+        guess = d.eps(sds + sigma * eps, sigma)
+        sds = sds - 0.1 * sigma * score_distillation_gradient(guess, guess, eps)
+        at = vsd + sigma * eps
+        square = sigma**2 + width**2
+        near = torch.softmax(-torch.cdist(at, vsd).square() / (2 * square), dim=1)
+        critic = sigma * (at - near @ vsd) / square
+        vsd = vsd - 0.1 * sigma * variational_gradient(d.eps(at, sigma), critic)
+    scatter(figure, {"data": RING.sample(400, seed=3), "SDS": sds, "VSD": vsd})
+
+
+def trained(figure: Figure, names: Sequence[str]) -> None:
+    """FD of students while they train, a line a seed, from the committed runs on digits; the teacher beside them."""
+    found = json.loads((HERE / "results" / "distillation-digits-curves.json").read_text())
+    ax = figure.subplots()
+    for index, name in enumerate(names):
+        for which, line in enumerate(found[name].values()):
+            ax.plot(
+                *zip(*line, strict=True),
+                color=f"C{index}",
+                marker="o",
+                markersize=3,
+                label="" if which else name,
+            )
+    ax.set(xlabel="iterations", ylabel="Fréchet distance to the teacher", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.grid(alpha=0.3, which="both")
+    ax.legend(fontsize=8)
+
+
+def dmd2_page(figure: Figure) -> None:
+    """DMD2 in one call and in four."""
+    trained(figure, ("DMD2, 1 call", "DMD2, 4 calls"))
+
+
+def sim_page(figure: Figure) -> None:
+    """SIM beside DMD2, both of one call."""
+    trained(figure, ("DMD2, 1 call", "SIM, 1 call"))
+
+
+def phased_page(figure: Figure) -> None:
+    """Two experts of two calls beside DMD2's one network of four."""
+    trained(figure, ("DMD2, 4 calls", "phased DMD, 2 x 2 calls"))
+
+
 FIGURES: dict[str, Callable[[Figure], None]] = {
     "first-order": first_order, "deis": deis_page, "dpmpp": dpmpp_page, "unipc": unipc_page, "abm": abm_page,
     "heun": heun_page, "stochastic": stochastic, "consistency": consistency_page, "restart": restart_page,
     "time-shift": time_shift_page, "teleport": teleport_page, "search": search_page, "guidance": guidance_page,
     "rlg": rlg_page, "minority": minority_page, "feynman-kac": feynman_kac_page, "rewards": rewards_page,
-    "trees": trees_page, "posterior": posterior_page,
+    "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
+    "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
 }  # fmt: skip
-WIDE = ("deis", "abm", "heun", "search", "guidance", "minority", "posterior")
+WIDE = (
+    "deis",
+    "abm",
+    "heun",
+    "search",
+    "guidance",
+    "minority",
+    "posterior",
+    "f-distill",
+    "score-distillation",
+)
 
 
 def draw(name: str, folder: Path = PAGES) -> Path:
