@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pictures", type=int, default=10, help="samples shown of each (default: 10)")
     parser.add_argument("--print-config", action="store_true", help="print the recipe as it is understood")
     parser.add_argument("--dry-run", action="store_true", help="load and check everything; sample nothing")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     recipe = _recipe(arguments)
     if arguments.print_config:
         from omegaconf import OmegaConf

@@ -53,6 +53,11 @@ def test_flags_make_a_page(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_changes_may_stand_behind_flags(capsys):
+    code, out, err = run("digits", "--out", "page", "num=7", "--print-config", "nfe=[3]", capsys=capsys)
+    assert code == 0 and "num: 7\n" in out and "nfe:\n- 3\n" in out, err
+
+
 def test_wrong_words_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for words, said in (
