@@ -88,6 +88,7 @@ REPORT ?= out/report
 
 report-look: $(VENV)/.test ## a suite's page as a browser shows it, in out/report.png; look at it (REPORT=folder for yours)
 	@test -n "$(CHROMIUM)" || { echo 'no Chromium here: apt-get install chromium, or say CHROMIUM=path' >&2; exit 1; }
+	@mkdir -p out
 	test -f $(REPORT)/index.html || $(PY) -m fewstep eval suite --model digits --samplers abm,deis,heun --nfe 5,10 \
 	  --num 100 --metrics fd,prdc --out $(REPORT)
 	"$(CHROMIUM)" --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,2000 \
