@@ -494,7 +494,7 @@ def posterior_page(figure: Figure) -> None:
 
 
 def f_distill_page(figure: Figure) -> None:
-    """The weights of f-divergences, and where their exact gradients lead a Gaussian that starts near one mode of two."""
+    """The weights of f-divergences, and where exact gradients lead a Gaussian that starts near one mode of two."""
     left, right = figure.subplots(1, 2)
     names = ("rkl", "softened_rkl", "js", "hellinger", "kl")
     ratio = torch.logspace(-1.5, 1.5, 200, dtype=torch.float64)
