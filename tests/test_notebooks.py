@@ -15,8 +15,8 @@ SMALL = {
     "1-a-solver-in-a-pipeline": {"images": 32, "exact_steps": 60},
     "2-tables-and-search": {"budget": 2500},
     "3-correctors-and-trees": {"particles": 2000, "budget": 8000},
-    "4-distil-digits": {"iterations": 12, "batch": 32, "exam": 64, "threads": 1},
-    "5-measure": {"many": 600, "few": 200},
+    "4-distil-digits": {"iterations": 12, "batch": 24, "exam": 64, "threads": 1},
+    "5-measure": {"many": 500, "few": 120},
 }
 NEEDS = {"1-a-solver-in-a-pipeline": "diffusers"}
 
