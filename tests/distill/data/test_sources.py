@@ -112,7 +112,7 @@ def test_a_broken_item_is_told_when_its_turn_comes():
 
 
 def teacher(shape, classes=None):
-    return SimpleNamespace(shape=shape, net=SimpleNamespace(null_label=classes))
+    return SimpleNamespace(shape=shape, net=SimpleNamespace(null_label=classes), codec=None)
 
 
 def test_bytes_become_floats_and_labels_conditions(tmp_path):
