@@ -235,6 +235,9 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
         "the best of one call: FD below the teacher's Euler at 8": best["fd"] < euler["fd"],
         "the best of one call: KID below the teacher's Euler at 8": best["kid"] < euler["kid"],
         "the best of one call: FD below 5": best["fd"] < 5,
+        "the best of one call: no closer to training digits than held-out ones, by two standard errors": (
+            best["nearest"] > best["nearest_held_out"] - 2 * nearest_error()
+        ),
         "every student: no closer to training digits than held-out ones are": all(
             numbers["nearest"] >= numbers["nearest_held_out"] for numbers in means.values()
         ),
@@ -242,6 +245,14 @@ def claims(rows: dict[str, dict[str, list[float]]], floors: dict[str, dict[str, 
             numbers["copying"] > 0.95 for numbers in means.values()
         ),
     }
+
+
+def nearest_error(draws: int = 2000) -> float:
+    """The standard error of the median distance of held-out digits to the nearest training digit, by bootstrap."""
+    train, held_out = (torch.as_tensor(digits(split)[0]).flatten(1) for split in ("train", "held_out"))
+    near = nearest(held_out, train).distance
+    chosen = torch.randint(len(near), (draws, len(near)), generator=torch.Generator().manual_seed(0))
+    return float(near[chosen].median(1).values.std())
 
 
 def mixture_claims(rows: dict[str, dict[str, list[float]]]) -> dict[str, bool]:
