@@ -103,7 +103,7 @@ def test_what_differs_is_refused_and_named(samples, capsys):
     code, _, err = run(*words, "--num", 1000, capsys=capsys)
     assert code == 2 and "num is 1000; expected at most 121" in err
     code, _, err = run("eval", "fdi", capsys=capsys)
-    assert code == 2 and "the verb of eval must be one of fid, stats" in err
+    assert code == 2 and "the verb of eval must be one of fid, suite, stats" in err
     code, _, err = run("eval", "stats", "--data", "digits", "--out", "stats.pt", capsys=capsys)
     assert code == 2 and "--out must end in .npz" in err
 

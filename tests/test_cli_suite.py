@@ -19,7 +19,7 @@ from fewstep.eval import save_npz
 from fewstep.eval.contestants import contestant
 from fewstep.models import GaussianMixture, gaussian, paths
 from fewstep.models.load import build, save_checkpoint
-from fewstep.samplers import abm, grids
+from fewstep.samplers import abm, euler, grids
 
 
 def run(*words, capsys):
@@ -118,13 +118,76 @@ def test_the_recipe_for_cifar_runs_end_to_end(tmp_path, monkeypatch, capsys):
     assert len({r["value"] for r in rows}) == 9  # the searched table of this test is abm's own
 
 
-def test_the_very_command_under_torchrun_with_weights_of_inception(tmp_path):
-    spec = importlib.util.spec_from_file_location(
-        "inception_stand_in", Path(__file__).parent / "eval" / "inception_stand_in.py"
+def script(*parts):
+    """A file of the tests that is no test."""
+    file = Path(__file__).parent.joinpath(*parts)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    return script("eval", "inception_stand_in.py").random_inception(
+        tmp_path_factory.mktemp("w") / "inception.pth"
     )
-    stands = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(stands)
-    stands.random_inception(tmp_path / "inception.pth")
+
+
+def of_a_pipeline(name):
+    def make(folder):
+        pytest.importorskip("diffusers")
+        script("samplers", "pipelines.py").build(name).save_pretrained(folder / "model")
+        (folder / "prompts.txt").write_text("a b\nc\nd e f\ng\n")
+
+    return make
+
+
+def one_step_student(folder):
+    stand_in(folder, 3, 16)
+    (folder / "net.safetensors").rename(folder / "model")
+    euler(paths.edm(), grids.karras(paths.edm(), 1)).save(folder / "student-1.json")
+
+
+# a layer of 64: eigenvalues of 2048 would be most of the time
+SMALL = ["model=model", "ref=ref.npz", "num=4", "batch=2", "weights=inception.pth", "features=inception-64"]
+TEXTS = ["prompts=prompts.txt", "dtype=float32", "variant=null", "nfe=[3]"]
+OTHERS = {
+    "cifar10-time-shift": (of_a_pipeline("ddpm"), ["nfe=[3]"], 5),
+    "imagenet64-student": (one_step_student, ["metrics=[fd,sw2]", "model=model.safetensors"], 1),
+    "coco30k-sd15": (of_a_pipeline("sd"), TEXTS, 5),
+    "coco10k-sdxl": (of_a_pipeline("sdxl"), TEXTS, 5),
+}
+
+
+def test_every_recipe_is_tried():
+    assert set(eval_suite.names()) == {*OTHERS, "cifar10-edm", "digits"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("imagenet64-student", "coco30k-sd15") else pytest.param(n, marks=pytest.mark.slow)
+        for n in OTHERS
+    ],
+)
+def test_the_other_recipes_run_end_to_end(name, inception, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make, changes, cells = OTHERS[name]
+    make(tmp_path)
+    if (tmp_path / "model").is_file():
+        (tmp_path / "model").rename(tmp_path / "model.safetensors")
+    save_npz("ref.npz", torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 1))
+    (tmp_path / "inception.pth").symlink_to(inception)
+    code, _, err = run(name, *SMALL, *changes, capsys=capsys)
+    assert code == 0, err
+    rows = list(csv.DictReader(open("report/table.csv")))
+    assert len({r["sampler"] for r in rows}) == cells and {r["features"] for r in rows} == {"inception-64"}
+    assert all(float(r["value"]) >= 0 and r["num"] == "4" for r in rows)
+
+
+def test_the_very_command_under_torchrun_with_weights_of_inception(inception, tmp_path):
+    (tmp_path / "inception.pth").symlink_to(inception)
     stand_in(tmp_path, 3, 32)
     words = [
         sys.executable,
