@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -213,10 +213,28 @@ def test_what_is_sharded_as_one(data):
     assert sizes["flux"] == ["FluxSingleTransformerBlock", "FluxTransformerBlock"]
 
 
-def _rank(rank, port, calls):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for call in calls:
-        run(*call)
+# Forked where what they share is imported and no other thread runs, as there are in a test's process.
+RANKS = """
+import json, os, sys
+import diffusers, peft, torch, transformers
+from fewstep.distill.run import run
+
+port, calls = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+children = []
+for rank in range(2):
+    children.append(os.fork())
+    if not children[-1]:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        try:
+            for call in calls:
+                run(*call)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+sys.exit(sum(os.waitpid(child, 0)[1] != 0 for child in children))
+"""
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on a CPU came with torch 2.7")
@@ -241,13 +259,9 @@ def test_two_ranks_with_a_sharded_pipeline_make_the_losses_of_one(name, lora, pa
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")  # what is imported is imported
-    ranks = [context.Process(target=_rank, args=(rank, port, calls)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    told = json.dumps([port, calls])
+    done = subprocess.run([sys.executable, "-c", RANKS, told], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
     both = tmp_path / "two" / alone.name
     for a, b in zip(*(map(json.loads, (f / "metrics.jsonl").open()) for f in (alone, both)), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-4 * max(1, abs(a["loss"]))
