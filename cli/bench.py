@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .arguments import add_device, parser_for
 
@@ -79,6 +80,10 @@ def _pipelines(arguments: argparse.Namespace) -> int:
         raise ImportError(
             f"bench pipelines needs diffusers ({error}): pip install 'fewstep[diffusers]'"
         ) from error
+    if not (Path(arguments.folder) / "model_index.json").is_file():
+        raise ValueError(
+            f"{arguments.folder} has no model_index.json: expected a folder that diffusers saved"
+        )
     device = _device(arguments)
     pipe = DiffusionPipeline.from_pretrained(arguments.folder).to(device)
     call = {"prompt": arguments.prompt} if arguments.prompt else {}

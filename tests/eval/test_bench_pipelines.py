@@ -70,4 +70,8 @@ def test_from_the_shell(pipelines, tmp_path, capsys):
     ]
     assert cli.main(words) == 0 and "deis 3" in capsys.readouterr().out
     assert (tmp_path / "s.png").is_file()
+    assert (
+        cli.main(["bench", "pipelines", str(tmp_path)]) == 2
+        and "no model_index.json" in capsys.readouterr().err
+    )
     assert cli.main(["bench", "pipelines"]) == 2 and "needs a folder" in capsys.readouterr().err
