@@ -36,6 +36,9 @@ class ClassifierRecipe:
     out: str = "."
 
 
+Recipe = ClassifierRecipe  # what ``teacher.KINDS`` looks for
+
+
 @dataclass
 class Judged:
     """What training gives."""
@@ -100,6 +103,11 @@ def save(judged: Judged, folder: Path) -> Path:
     )
     checkpoint.write_atomically(path.with_suffix(".md"), card(judged.record))
     return path
+
+
+def run(recipe: ClassifierRecipe) -> Path:
+    """Train by a recipe; the file of weights."""
+    return save(train(recipe), Path(recipe.out))
 
 
 def card(record: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ steps, and goes on by itself where it was.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import shutil
@@ -30,16 +31,18 @@ from ..models.latent_codec import LatentCodec, open_vae
 from ..models.load import build, save_checkpoint
 from . import checkpoints, parallel
 from . import recipe as recipes
-from .classifier import ClassifierRecipe, save
-from .classifier import train as train_classifier
 from .data import DataRecipe, Source, as_float, open_data, open_source
 from .data.latents import cached
 from .draws import Draws
+from .fitting import on_threads
 from .levels import Times
 from .parallel import ALONE, Ranks
 from .progress import track
 from .regression import Regression
 
+# Recipes of other kinds than denoisers: a module with ``Recipe``, its dataclass, and ``run(recipe)``, which writes the
+# file of weights and answers its path.
+KINDS = {"classifier": ".classifier"}
 CHECK = 50  # steps between looks at the loss where a look means waiting for a GPU
 
 
@@ -236,24 +239,27 @@ def _resume(training: Regression, kept: Path) -> None:
 def run(name_or_path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Path:
     """Train by a recipe, write ``<out>/<name>.safetensors`` and its model card, and return the file's path."""
     recipe = read(name_or_path, overrides)
-    if isinstance(recipe, ClassifierRecipe):
-        return _on_threads(recipe.threads, lambda: save(train_classifier(recipe), Path(recipe.out)))
-    return _on_threads(recipe.threads, lambda: _run(recipe))
+    with on_threads(recipe.threads):
+        return _run(recipe) if isinstance(recipe, TeacherRecipe) else _module(recipe.kind).run(recipe)
 
 
-def read(
-    name_or_path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> TeacherRecipe | ClassifierRecipe:
-    """A teacher's recipe, or the digit classifier's, checked."""
-    if recipes.raw(name_or_path).get("kind") == "classifier":
-        return recipes.read(name_or_path, ClassifierRecipe, overrides)
-    recipe = recipes.read(name_or_path, TeacherRecipe, overrides)
-    if recipe.kind != "denoiser":
-        raise ValueError(f"kind must be denoiser or classifier, got {recipe.kind!r}")
+def read(name_or_path: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
+    """A teacher's recipe, checked: a ``TeacherRecipe``, or that of its kind."""
+    kind = recipes.raw(name_or_path).get("kind", "denoiser")
+    if kind != "denoiser" and kind not in KINDS:
+        raise ValueError(f"kind must be one of denoiser, {', '.join(KINDS)}, got {kind!r}")
+    schema = TeacherRecipe if kind == "denoiser" else _module(kind).Recipe
+    recipe = recipes.read(name_or_path, schema, overrides)
+    if recipe.kind != kind:
+        raise ValueError(f"kind must stay {kind}, which the recipe is for, got {recipe.kind!r}")
     for name in ("steps", "batch"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} must be 1 or more, got {getattr(recipe, name)}")
     return recipe
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(KINDS[kind], __package__)
 
 
 def _run(recipe: TeacherRecipe) -> Path:
@@ -278,21 +284,12 @@ def _run(recipe: TeacherRecipe) -> Path:
     return recipe.file
 
 
-def _on_threads(n: int, work):
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)  # the sums of convolutions, and so the weights, depend on it
-    try:
-        return work()
-    finally:
-        torch.set_num_threads(before)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """``fewstep teacher RECIPE [key=value ...]``."""
     parser = argparse.ArgumentParser(
         prog="fewstep teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = ", ".join(recipes.names("denoiser", "classifier"))
+    known = ", ".join(recipes.names("denoiser", *KINDS))
     parser.add_argument("recipe", help=f"{known}, or a YAML file")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. steps=500 net.dropout=0.1 out=runs")
     parser.add_argument("--print-config", action="store_true", help="print the whole recipe and stop")
@@ -308,9 +305,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(OmegaConf.to_yaml(OmegaConf.create(asdict(recipe))), end="")
         elif arguments.dry_run:
             recipe = read(arguments.recipe, arguments.overrides)
-            if isinstance(recipe, ClassifierRecipe):
-                raise ValueError(f"--dry-run is for denoisers, and {recipe.name} is a classifier")
-            print(_on_threads(recipe.threads, lambda: dry_run(recipe)))
+            if not isinstance(recipe, TeacherRecipe):
+                raise ValueError(f"--dry-run is for denoisers, and {recipe.name} is of kind {recipe.kind}")
+            with on_threads(recipe.threads):
+                print(dry_run(recipe))
         else:
             file = run(arguments.recipe, arguments.overrides)
             if int(os.environ.get("RANK", 0)) == 0:
