@@ -10,6 +10,8 @@ import torch
 
 from ..models.denoiser import Denoiser
 from ..models.load import build
+from ..models.reward_names import named_reward
+from ..models.rewards import checked
 from .data import Data
 from .discriminator import Discriminator, discriminator_on
 from .lora import recomputing, share_network
@@ -18,7 +20,7 @@ from .methods.phased import PhasedDMD, phased_student
 from .opening import probe
 from .players import Players
 from .schema import DistillRecipe
-from .student import Student, few_steps
+from .student import Student, few_steps, many_steps
 from .training import warm_up
 
 
@@ -40,7 +42,10 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
         s = recipe.student
         # an adapter is no copy: the student is put in its place below
         mine = parent if recipe.lora.rank else master(parent)
-        student = few_steps(mine, s.steps, s.sampler, s.times, s.t_max)
+        if s.sampler in ("sde", "ode"):
+            student = few_steps(mine, s.steps, s.sampler, s.times, s.t_max)
+        else:
+            student = many_steps(mine, s.sampler, s.steps, s.grid)
     adapters = critic = None
     if recipe.lora.rank:
         if isinstance(method, PhasedDMD):
@@ -58,7 +63,9 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
     if recipe.train.checkpoint:
         student, critic = _recomputing(student), critic and recomputing(critic)
     source = None if heads is None else critic if method.gan.features == "critic" else teacher
-    return Players(teacher, student, critic, heads, source, adapters)
+    reward = getattr(method, "reward", None)
+    reward = None if reward is None else checked(named_reward(reward), teacher.codec)
+    return Players(teacher, student, critic, heads, source, adapters, reward)
 
 
 def _heads(

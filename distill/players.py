@@ -15,6 +15,7 @@ from torch import nn
 
 from ..models.denoiser import Denoiser
 from ..models.paths import Times
+from ..models.rewards import Reward
 from .discriminator import Discriminator
 from .draws import Draws
 from .levels import Times as Law
@@ -25,7 +26,8 @@ from .student import Student
 class Players(NamedTuple):
     """``features`` is the Denoiser whose layers the discriminator reads: the critic, or the teacher.
 
-    ``adapters``: where student and critic are adapters on the teacher's own network, their parameters.
+    ``adapters``: where student and critic are adapters on the teacher's own network, their parameters. ``reward``: of
+    the student's samples (B, ...), latents included, where the method has one: the teacher's codec decodes for it.
     """
 
     teacher: Denoiser
@@ -34,6 +36,7 @@ class Players(NamedTuple):
     discriminator: Discriminator | None = None
     features: Denoiser | None = None
     adapters: tuple[nn.Module, nn.Module] | None = None
+    reward: Reward | None = None
 
     def real(
         self,
@@ -70,7 +73,8 @@ class Batch(NamedTuple):
     """What one loss is made from: conditions, their null, real data where there is any, and the random numbers.
 
     It may be a part of the global batch. ``reduce`` sums a tensor over the ranks that have the others; ``scale`` (B,)
-    are its samples' weights, where a method has weighed the parts of one rank together.
+    are its samples' weights, where a method has weighed the parts of one rank together. ``collected``: what the method
+    made of it before its updates, where it has a ``collect``.
     """
 
     draws: Draws
@@ -80,6 +84,7 @@ class Batch(NamedTuple):
     real: torch.Tensor | None = None
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
     scale: torch.Tensor | None = None
+    collected: Any = None
 
     def generate(self, student: Student) -> torch.Tensor:
         """The student's x0 (B, ...) at a random one of its calls, the same call for the whole batch."""

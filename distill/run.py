@@ -37,7 +37,7 @@ from .saved import metrics, save_student
 from .schema import DistillRecipe, differences, read
 from .sinks import Sink, open_sinks
 from .training import Trainer
-from .validation import Exam, draw, modes_found, set_exam
+from .validation import Exam, draw, modes_found, rewards_of, set_exam
 
 
 def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -187,7 +187,7 @@ def _report(
         with trainer.averaged(), autocast(trainer.recipe.train.precision, trainer.ranks.device):
             made = exam.sat(trainer.players.student)
         with torch.no_grad():
-            line |= exam.mark(made)
+            line |= exam.mark(made) | rewards_of(exam, made, trainer.players.reward)
             line |= diagnose(trainer) | {"contrast": contrast(made, exam.teacher)}
             if len(trainer.data.shape) == 1:
                 line["modes"] = modes_found(made)

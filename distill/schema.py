@@ -34,6 +34,8 @@ class TeacherChoice:
 class StudentRecipe:
     """``steps`` calls by ``sampler`` (sde: fresh noise between them; ode), or at given ``times``; ``t_max``: the first.
 
+    ``sampler`` may be a solver's name, for a student that is its teacher tuned: ``steps`` of it on ``grid``.
+
     ``net``: a network of its own instead of a copy of the teacher's (``type`` and its config), for teachers that have
     none; it is then warmed up for ``warm_up`` iterations on the teacher's own answers, and so is the critic.
     """
@@ -42,6 +44,7 @@ class StudentRecipe:
     sampler: str = "sde"
     times: list[float] | None = None
     t_max: float | None = None
+    grid: str = "vp"
     net: dict[str, Any] | None = None
     warm_up: int = 0
 
@@ -134,6 +137,7 @@ class DistillRecipe:
         return Path(self.out) / self.name
 
 
+SHORT = {"divergence": "method.", "reward": "method.", "pairs": "method."}  # said without their place
 # What may change between a run and its resumption: how long, how it reports, where it runs.
 FREE = ("train.iters", "report", "out", "device", "threads", "data.ahead")
 
@@ -145,7 +149,10 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     >>> method.guidance
     1.5
     """
-    short = [f"method.{item}" if item.startswith("divergence=") else item for item in overrides]
+    short = [
+        f"{SHORT[item.partition('=')[0]]}{item}" if item.partition("=")[0] in SHORT else item
+        for item in overrides
+    ]
     recipe = recipes.read(source, DistillRecipe, short)
     if recipe.kind != "distill":
         raise ValueError(f"kind must be distill, got {recipe.kind!r}: it is a recipe for another command")

@@ -1,7 +1,7 @@
 """A student: a Denoiser, and the table by which it makes samples from noise in a few calls.
 
 One step from t to 0 is x0 = D(x, t). Between steps ``"sde"`` noises x0 afresh (the consistency sampler, DMD2's), and
-``"ode"`` keeps the student's own noise (DDIM).
+``"ode"`` keeps the student's own noise (DDIM). A student that is its teacher tuned has a solver's table of many steps.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..models.denoiser import Denoiser
-from ..samplers import consistency, grids, init, sample, step
+from ..samplers import catalogue, consistency, grids, init, sample, step
 from ..samplers.table import Table
 
 
@@ -88,6 +88,13 @@ def few_steps(
         raise ValueError(f"steps is {steps}, but there are {len(times)} times; give one of the two")
     table = consistency(d.path, [*times, d.path.t_clean], gamma=1.0 if sampler == "sde" else 0.0)
     return Student(d, from_unit_noise(table) if d.path.name.startswith("vp") else table)
+
+
+def many_steps(d: Denoiser, solver: str, steps: int, grid: str = "vp") -> Student:
+    """A student that is sampled as its teacher would be: ``steps`` of a solver, on a grid, both by name."""
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, got {steps}")
+    return Student(d, catalogue.find(solver)(d.path, catalogue.find_grid(grid)(d.path, steps)))
 
 
 def from_unit_noise(table: Table) -> Table:

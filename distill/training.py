@@ -17,7 +17,7 @@ from ..models.denoiser import Denoiser
 from .data import Data
 from .draws import Draws
 from .parallel import ALONE, Ranks, average_gradients, whole
-from .players import Players, frozen
+from .players import Batch, Players, frozen
 from .precision import autocast
 from .schema import DistillRecipe
 
@@ -29,7 +29,9 @@ class BadBatches(RuntimeError):
 class Trainer:
     """One run's moving parts. ``turn()`` is a student update with the critic's before it.
 
-    A method without a ``critic_loss`` has no critic: no turns of it, no optimizer, nothing of it in a checkpoint.
+    A method without a ``critic_loss`` has no critic: no turns of it, no optimizer, nothing of it in a checkpoint. One
+    with ``updates`` makes so many of the student on a batch, and one with ``collect(players, batch)`` finds in
+    ``batch.collected`` what that answered, once before them and without a graph. Nothing of it outlives the turn.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Trainer:
         """One iteration: ``critic_steps`` updates of the critic, one of the student; the numbers it gave."""
         method, student, critic = self.method, self.trained["student"], self.trained.get("critic")
         steps = 0 if critic is None else self.recipe.train.critic_steps
-        first = self.iteration * (steps + 1)
+        first = self.iteration * (steps + getattr(method, "updates", 1))
         numbers: dict[str, torch.Tensor] = {}
         for k in range(steps):
             with frozen(student):
@@ -89,20 +91,32 @@ class Trainer:
         return {k: float(v) for k, v in numbers.items()}
 
     def _update(self, who: str, loss_of, turn: int) -> dict[str, torch.Tensor]:
-        train, ranks, optimizer = self.recipe.train, self.ranks, self.optimizers[who]
-        parts = ranks.world * train.accumulate
-        count = train.batch // parts
-        optimizer.zero_grad(set_to_none=True)
-        numbers: dict[str, torch.Tensor] = {}
+        train, ranks, method = self.recipe.train, self.ranks, self.method
+        count = train.batch // (ranks.world * train.accumulate)
         half = autocast(train.precision, ranks.device)
         batches = []
         for part in range(train.accumulate):
             first = (ranks.rank * train.accumulate + part) * count
             draws = Draws(self.recipe.seed, turn, first, count, train.batch, ranks.device)
             batches.append(self.data.batch(draws)._replace(reduce=ranks.sum))
-        if who == "student" and len(batches) > 1 and hasattr(self.method, "weigh"):
-            with torch.no_grad(), half:
-                batches = self.method.weigh(self.players, batches)
+        if who == "critic":
+            return self._descend(who, loss_of, batches)
+        with torch.no_grad(), half:
+            if len(batches) > 1 and hasattr(method, "weigh"):
+                batches = method.weigh(self.players, batches)
+            if hasattr(method, "collect"):
+                batches = [batch._replace(collected=method.collect(self.players, batch)) for batch in batches]
+        numbers: dict[str, torch.Tensor] = {}
+        for again in range(getattr(method, "updates", 1)):
+            batches = [b._replace(draws=b.draws._replace(turn=turn + again)) for b in batches]
+            numbers = self._descend(who, loss_of, batches)
+        return numbers
+
+    def _descend(self, who: str, loss_of, batches: list[Batch]) -> dict[str, torch.Tensor]:
+        train, ranks, optimizer = self.recipe.train, self.ranks, self.optimizers[who]
+        half, turn = autocast(train.precision, ranks.device), batches[0].draws.turn
+        optimizer.zero_grad(set_to_none=True)
+        numbers: dict[str, torch.Tensor] = {}
         for batch in batches:
             with half:
                 loss, said = loss_of(self.players, batch)

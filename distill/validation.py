@@ -19,6 +19,7 @@ from ..eval.mmd import rbf_mmd
 from ..eval.sliced import sliced_wasserstein
 from ..models.codec import decode
 from ..models.denoiser import NULL, Denoiser
+from ..models.rewards import Reward
 from ..samplers import abm, cfg, grids, sample
 from .data import STD, Data, grid_means
 from .draws import Draws
@@ -87,6 +88,19 @@ def set_exam(
     shown = teacher.codec is None or teacher.codec.decodes
     pictures = (lambda x: decode(teacher, x.to(device)).cpu()) if shown else None
     return Exam(noise, batch.cond, made, real, compare, size, pictures)
+
+
+def rewards_of(exam: Exam, made: torch.Tensor, reward: Reward | None) -> dict[str, float]:
+    """The mean reward of samples with its standard error, and the teacher's: ``main`` where there is a reward."""
+    if reward is None:
+        return {}
+    scores, base = (
+        torch.cat([reward(part.to(exam.noise.device)).double().cpu() for part in x.split(exam.size)])
+        for x in (made, exam.teacher)
+    )
+    mean = float(scores.mean())
+    error = float(scores.std() / len(scores) ** 0.5)
+    return {"main": -mean, "reward": mean, "reward_error": error, "teacher_reward": float(base.mean())}
 
 
 def _in_pieces(

@@ -5,6 +5,7 @@
     digits                          8x8, ten classes, inside scikit-learn
     mixture                         25 Gaussians in the plane, exact
     labels                          conditions alone, classes drawn uniformly: for methods that need no data
+    unconditional                   the null condition alone, of a teacher of classes
     glyphs, glyphs:0123456789       letters of many fonts, 32x32 in colour, drawn without end
     folder or .zip of pictures      classes by EDM's dataset.json, or by folders
     folder of tars, a-{00..63}.tar  shards as WebDataset writes them
@@ -37,7 +38,7 @@ from .shards import is_shards, shards
 from .source import Items, Source, of_items
 from .vision import vision
 
-NAMES = ("digits", "mixture", "labels", "glyphs")
+NAMES = ("digits", "mixture", "labels", "unconditional", "glyphs")
 
 
 @dataclass
@@ -124,13 +125,15 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
             return None
         return {"label": torch.full_like(cond["label"], null_label)}
 
-    if recipe.path == "labels":
+    if recipe.path in ("labels", "unconditional"):
         if teacher.shape is None:
-            raise ValueError("data.path = labels needs a teacher that knows its shape")
+            raise ValueError(f"data.path = {recipe.path} needs a teacher that knows its shape")
 
         def conditions(draws: Draws):
             if null_label is None:
                 return None, {}
+            if recipe.path == "unconditional":
+                return None, {"label": torch.full((draws.count,), null_label, device=draws.device)}
             return None, {"label": (draws.uniform("data") * null_label).long()}
 
         return Data(teacher.shape, conditions, null)
