@@ -46,13 +46,13 @@ def stock(student: Student) -> Stock:
     if getattr(student.d.codec, "pipe", None) is not None:
         return stock_pipeline(student)
     d, times = student.d, [float(t) for t in student.table.times[:-1]]
-    if student.table.solver != "consistency":
-        raise NoStockPipeline(
-            f"it is its teacher tuned, sampled by {student.table.solver} and not in few steps of its own"
-        )
     if not isinstance(d.net, UNet):
         raise NoStockPipeline(
             f"its network is a {type(d.net).__name__}, and only a U-Net is diffusers' as it stands"
+        )
+    if student.table.solver != "consistency":
+        raise NoStockPipeline(
+            f"it is its teacher tuned, sampled by {student.table.solver} and not in few steps of its own"
         )
     fresh = student.table.options.get("gamma", 1.0) == 1.0 or len(times) == 1
     if d.path.name == "flow":
