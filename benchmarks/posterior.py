@@ -16,16 +16,11 @@ interval. The guess is by the Gaussian of the training digits, or isotropic.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import time
 from pathlib import Path
 
 import torch
 
-from fewstep.eval import bench
-from fewstep.eval.files import written_aside
+from fewstep.eval.cells import command
 from fewstep.models import digits, gaussian, load, paths
 from fewstep.models.mixture import random_mixture
 from fewstep.samplers import ddim, dps, grids, sde_dpmpp, starting_noise
@@ -168,14 +163,20 @@ def jobs():
     for weighting, runs in zip(WEIGHTINGS, (RUNS, FEWER, FEWER, FEWER)):
         for seed in range(runs):
             for name in PROBLEMS:
-                yield f"mixture|{name}|{weighting}|{seed}", lambda a=(name, weighting, seed): mixture_run(*a)
+                yield (
+                    f"mixture|{name}|{weighting}|{seed}",
+                    lambda known, a=(name, weighting, seed): mixture_run(*a),
+                )
         if weighting != WEIGHTINGS[0]:
             continue
         for task, block in sorted(
             ((t, b) for t in tasks for b in range(IMAGES[t] // BLOCK)), key=lambda at: at[1]
         ):
             for method in METHODS:
-                yield f"digits|{task}|{method}|{block}", lambda a=(task, method, block): digits_block(*a)
+                yield (
+                    f"digits|{task}|{method}|{block}",
+                    lambda known, a=(task, method, block): digits_block(*a),
+                )
 
 
 def tables(known: dict) -> str:
@@ -233,25 +234,5 @@ def _said(values: torch.Tensor, digits: int = 2) -> str:
     return f"{values.mean():.{digits}f} +- {values.std() / len(values) ** 0.5:.{digits}f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--table", action="store_true", help="only print")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
-    begun = time.perf_counter()
-    for name, job in jobs():
-        if name not in known and not arguments.table and time.perf_counter() - begun < arguments.seconds:
-            known[name] = job()
-    if not arguments.table:
-        bench.save(RESULTS, known)
-        with written_aside(RESULTS.with_suffix(".md")) as file:
-            file.write_text(tables(known))
-    print(tables(known))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, jobs(), tables)

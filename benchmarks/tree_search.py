@@ -12,18 +12,14 @@ by side, medians of interleaved rounds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import math
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fewstep.eval import bench
-from fewstep.eval.files import written_aside
+from fewstep.eval.cells import command
 from fewstep.models import load
 from fewstep.models.rewards import class_probability, compressibility, ink
 from fewstep.samplers import ddim, grids, sample, starting_noise
@@ -93,11 +89,11 @@ def side_by_side(name: str) -> float:
 def jobs():
     """Names and functions of the results, what matters most first."""
     for i in range(PARTS):
-        yield f"rollouts|{i}", lambda i=i: part(i)
+        yield f"rollouts|{i}", lambda known, i=i: part(i)
     for name in GROUPS:
-        yield f"groups|{name}", lambda name=name: side_by_side(name)
+        yield f"groups|{name}", lambda known, name=name: side_by_side(name)
     for seed, name, budget, grow in itertools.product(range(SEEDS), REWARDS, BUDGETS, GROWTH):
-        yield f"search|{name}|{budget}|{grow}|{seed}", lambda a=(name, budget, seed, grow): search(*a)
+        yield f"search|{name}|{budget}|{grow}|{seed}", lambda known, a=(name, budget, seed, grow): search(*a)
 
 
 def means_of_best(rewards: np.ndarray, most: int = 1024) -> list[float]:
@@ -145,36 +141,5 @@ def tables(known: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def write(known: dict) -> None:
-    """The results, and their tables beside them."""
-    with written_aside(RESULTS) as file:
-        file.write_text(json.dumps({"environment": bench.environment(), "results": known}))
-    with written_aside(RESULTS.with_suffix(".md")) as file:
-        file.write_text(tables(known))
-
-
-def main() -> None:
-    """Fill in what is missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--table", action="store_true", help="only print")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
-    begun = written = time.perf_counter()
-    for name, job in jobs():
-        if name in known or arguments.table or time.perf_counter() - begun > arguments.seconds:
-            continue
-        known[name] = job()
-        if time.perf_counter() - written > 10:
-            write(known)
-            written = time.perf_counter()
-    if not arguments.table:
-        write(known)
-    print(tables(known))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, jobs(), tables)

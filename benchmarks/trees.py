@@ -12,18 +12,14 @@ deviation; with the best reward that was seen. A differentiated call counts as t
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fewstep.eval import bench
-from fewstep.eval.files import written_aside
+from fewstep.eval.cells import command
 from fewstep.models import GaussianMixture, load, paths
 from fewstep.models.rewards import class_probability, ink
 from fewstep.samplers import ddim, grids, sample, starting_noise
@@ -331,37 +327,5 @@ def nearest(known: dict, name: str, budget: int) -> str:
     return f"Nearest at {budget} calls: {first}{beside}."
 
 
-def write(known: dict) -> None:
-    with written_aside(RESULTS) as file:
-        file.write_text(json.dumps({"environment": bench.environment(), "results": known}))
-    with written_aside(RESULTS.with_suffix(".md")) as file:
-        file.write_text(tables(known))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--table", action="store_true", help="only print")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    known = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
-    begun = time.perf_counter()
-    if not arguments.table:
-        written = begun
-        for name, job in jobs():
-            if name in known:
-                continue
-            if time.perf_counter() - begun > arguments.seconds:
-                break
-            known[name] = job(known)
-            if time.perf_counter() - written > 10:
-                write(known)
-                written = time.perf_counter()
-        write(known)
-    print(tables(known))
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, RESULTS, jobs(), tables)
