@@ -17,6 +17,7 @@ from .ensemble_posterior import ensemble_posterior
 from .ersde import ersde
 from .euler import euler
 from .feynman_kac import feynman_kac
+from .flow_sde import flow_sde
 from .fused import Clip
 from .guidance import autoguidance, cfg, rlg
 from .guide import Guide
@@ -49,7 +50,7 @@ __all__ = [
     "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted",
     "autoguidance", "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm",
     "dpm_single", "dpmpp", "dps", "ensemble_posterior", "ersde", "euler", "fast_orders",
-    "feature_distance", "feynman_kac", "grids", "heun", "importance", "init", "ipndm", "ipndm_v",
+    "feature_distance", "feynman_kac", "flow_sde", "grids", "heun", "importance", "init", "ipndm", "ipndm_v",
     "minority", "minority_classes", "minority_score", "multistep", "operators", "pndm", "restart", "rk",
     "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer",
     "step", "svdd", "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc",

@@ -50,6 +50,7 @@ CHOICES = {
     "tau": (0.0, 0.5, 1.0),
     "gamma": (0.5,),
     "s_churn": (5.0,),
+    "scheme": ("euler", "preserving"),
 }
 SOLVERS = {
     name: getattr(samplers, name) for name in samplers.__all__ if hasattr(getattr(samplers, name), "entry")
