@@ -14,7 +14,7 @@ import torch
 
 from ..models import paths
 
-KINDS = ("uniform", "karras", "lognormal", "logit_normal")
+KINDS = ("uniform", "karras", "lognormal", "logit_normal", "logistic")
 
 
 @dataclass
@@ -23,7 +23,9 @@ class Times:
 
     ``uniform``: t uniform between the path's t_min and t_max, then shifted where a flow says so. ``karras``: the noise
     level's seventh root uniform (2206.00364); on a flow the level is t. ``lognormal``: log rho normal (EDM).
-    ``logit_normal``: logit t normal (2403.03206).
+    ``logit_normal``: logit t normal (2403.03206). ``logistic``: log rho logistic, of ``mean`` and scale ``std``; at
+    scale 1 the t = sigma / (alpha + sigma) of a flow that is as noisy is uniform, shifted by e^mean, whatever the
+    path.
     """
 
     kind: str = "uniform"
@@ -52,6 +54,8 @@ def time_at(times: Times, path: paths.Path, share: torch.Tensor, above: float | 
         level, back = (path.rho, path.time_of_rho) if path.name != "flow" else (lambda t: t, lambda t: t)
         first, last = float(level(least)) ** (1 / 7), float(level(path.t_max)) ** (1 / 7)
         t = back((first + share * (last - first)) ** 7)
+    elif times.kind == "logistic" and above is None:
+        t = path.time(-times.mean - times.std * torch.logit(share.clamp(1e-6, 1 - 1e-6)))
     elif times.kind in ("lognormal", "logit_normal") and above is None:
         share = share.clamp(1e-6, 1 - 1e-6)
         normal = times.mean + times.std * math.sqrt(2) * torch.erfinv(2 * share - 1)

@@ -31,7 +31,9 @@ class Trainer:
 
     A method without a ``critic_loss`` has no critic: no turns of it, no optimizer, nothing of it in a checkpoint. One
     with ``updates`` makes so many of the student on a batch, and one with ``collect(players, batch)`` finds in
-    ``batch.collected`` what that answered, once before them and without a graph. Nothing of it outlives the turn.
+    ``batch.collected`` what that answered, once before them and without a graph. ``settle(batches)`` then sees all
+    parts of a rank's batch and answers (batches, numbers); where it answers none, there is nothing to learn from, and
+    no optimizer makes a step. Nothing of it outlives the turn.
     """
 
     def __init__(
@@ -106,11 +108,14 @@ class Trainer:
                 batches = method.weigh(self.players, batches)
             if hasattr(method, "collect"):
                 batches = [batch._replace(collected=method.collect(self.players, batch)) for batch in batches]
+            settled: dict[str, torch.Tensor] = {}
+            if hasattr(method, "settle"):
+                batches, settled = method.settle(batches)
         numbers: dict[str, torch.Tensor] = {}
-        for again in range(getattr(method, "updates", 1)):
+        for again in range(getattr(method, "updates", 1) if batches else 0):
             batches = [b._replace(draws=b.draws._replace(turn=turn + again)) for b in batches]
             numbers = self._descend(who, loss_of, batches)
-        return numbers
+        return settled | numbers
 
     def _descend(self, who: str, loss_of, batches: list[Batch]) -> dict[str, torch.Tensor]:
         train, ranks, optimizer = self.recipe.train, self.ranks, self.optimizers[who]

@@ -5,11 +5,14 @@ batch)``; both answer (loss, numbers worth logging, detached). The trainer does 
 gets no critic.
 """
 
+from .awm import AWM
 from .dmd2 import DMD2
 from .ect import ECT
 from .fdistill import FDistill
+from .grpo import GRPO
 from .meanflow import MeanFlow
 from .phased import PhasedDMD
+from .raft import RAFT
 from .scm import SCM
 from .sim import SIM
 
@@ -21,6 +24,11 @@ METHODS = {
     "meanflow": MeanFlow,
     "scm": SCM,
     "ect": ECT,
+    "awm": AWM,
+    "grpo": GRPO,
+    "raft": RAFT,
 }
 
-__all__ = ["DMD2", "ECT", "METHODS", "SCM", "SIM", "FDistill", "MeanFlow", "PhasedDMD"]
+__all__ = [
+    "AWM", "DMD2", "ECT", "GRPO", "METHODS", "RAFT", "SCM", "SIM", "FDistill", "MeanFlow", "PhasedDMD",
+]  # fmt: skip
