@@ -28,7 +28,7 @@ ADVANTAGES = (*SCALES, "wins", "ranks")
 
 @dataclass
 class Rollout:
-    """``steps`` of ``sampler`` on ``grid``, by name, with ``options`` of the solver; student: the student's own table."""
+    """``steps`` of ``sampler`` on ``grid``, by name, with ``options`` of the solver; student: its own table."""
 
     sampler: str = "student"
     steps: int = 10
