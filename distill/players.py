@@ -74,7 +74,8 @@ class Batch(NamedTuple):
 
     It may be a part of the global batch. ``reduce`` sums a tensor over the ranks that have the others; ``scale`` (B,)
     are its samples' weights, where a method has weighed the parts of one rank together. ``collected``: what the method
-    made of it before its updates, where it has a ``collect``.
+    made of it before its updates, where it has a ``collect``. ``pairs``: winners and losers (``pairs.Pairs``), instead
+    of real data, for methods that learn from preferences.
     """
 
     draws: Draws
@@ -85,6 +86,7 @@ class Batch(NamedTuple):
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
     scale: torch.Tensor | None = None
     collected: Any = None
+    pairs: Any = None
 
     def generate(self, student: Student) -> torch.Tensor:
         """The student's x0 (B, ...) at a random one of its calls, the same call for the whole batch."""

@@ -286,7 +286,7 @@ def prompted(teacher: Denoiser, embedded: Embedded, source: Source | None = None
             nulls[device] = embedded.null(device)
         return nulls[device]
 
-    return Data(shape, real, null)
+    return Data(shape, real, null, embedded.rows, range(embedded.count))
 
 
 def _tensors(cond: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

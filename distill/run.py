@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..models.checkpoint import write_atomically
+from ..models.denoiser import Denoiser
 from . import checkpoints, parallel
 from . import recipe as recipes
 from .cast import cast, networks
@@ -29,6 +31,7 @@ from .diagnostics import Watch, contrast, diagnose
 from .disback import Backtrack, record, recorded
 from .lora import adapters_of
 from .opening import check_guidance, open_batches, open_teacher
+from .pairs import open_pairs
 from .parallel import Ranks, shard
 from .players import Players
 from .precision import autocast
@@ -36,6 +39,7 @@ from .progress import track
 from .saved import metrics, save_student
 from .schema import DistillRecipe, differences, read
 from .sinks import Sink, open_sinks
+from .student import sampled
 from .training import Trainer
 from .validation import Exam, draw, modes_found, rewards_of, set_exam
 
@@ -58,6 +62,7 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
     with autocast(recipe.train.precision, ranks.device):
         guidance = getattr(method, "guidance", 1.0)
         exam = set_exam(teacher, data, recipe.report.exam, guidance, recipe.report.teacher_calls)
+    data = _preferred(recipe, method, teacher, data, ranks, folder)
     players = cast(recipe, method, teacher, data)
     back = _backtrack(recipe, players, data, folder)
     players = players if back is None else back.begin(players)
@@ -128,6 +133,17 @@ def _kept(config: Path) -> DistillRecipe:
             f"{config} is not of this version of fewstep: {error}. Go on with the version that began the run, or give "
             "this one another name="
         ) from error
+
+
+def _preferred(
+    recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data, ranks: Ranks, folder: Path
+) -> Any:
+    """The pairs of a method that learns from preferences, made here if need be, and else the data."""
+    if not hasattr(method, "pairs"):
+        return data
+    base = sampled(teacher, recipe.student)
+    with autocast(recipe.train.precision, ranks.device):
+        return open_pairs(method, base, data, folder / "pairs.safetensors", recipe.seed, ranks)
 
 
 def _backtrack(recipe: DistillRecipe, players: Players, data: Data, folder: Path) -> Backtrack | None:
@@ -254,6 +270,9 @@ def _dry_run(source: str, overrides: Sequence[str]) -> int:
     teacher = open_teacher(recipe).to(ranks.device)
     data = open_batches(recipe, teacher, ranks)
     check_guidance(method, teacher, data)
+    with tempfile.TemporaryDirectory() as aside:  # two groups are enough to see that it runs
+        few = replace(method, groups=replace(method.groups, count=2)) if hasattr(method, "pairs") else method
+        data = _preferred(recipe, few, teacher, data, ranks, Path(aside))
     players = cast(recipe, method, teacher, data)
     for net in networks(players):
         net.to(ranks.device)

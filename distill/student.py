@@ -97,6 +97,13 @@ def many_steps(d: Denoiser, solver: str, steps: int, grid: str = "vp") -> Studen
     return Student(d, catalogue.find(solver)(d.path, catalogue.find_grid(grid)(d.path, steps)))
 
 
+def sampled(d: Denoiser, s: Any) -> Student:
+    """``d`` as a recipe's ``student`` says that it is sampled: in few steps, or as a teacher is."""
+    if s.sampler in ("sde", "ode"):
+        return few_steps(d, s.steps, s.sampler, s.times, s.t_max)
+    return many_steps(d, s.sampler, s.steps, s.grid)
+
+
 def from_unit_noise(table: Table) -> Table:
     """The table with an opening that leaves noise as it is, not sigma(t_0) of it: DMD2's, and every VP pipeline's.
 

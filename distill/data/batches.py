@@ -61,11 +61,16 @@ class DataRecipe:
 
 
 class Data(NamedTuple):
-    """``real(draws)`` -> (samples or None, cond); ``null(cond)`` -> its null, or None."""
+    """``real(draws)`` -> (samples or None, cond); ``null(cond)`` -> its null, or None.
+
+    ``cond(labels, device)`` is the condition of given ``labels``: classes, or the numbers of prompts.
+    """
 
     shape: tuple[int, ...]
     real: Callable[[Draws], tuple[torch.Tensor | None, dict[str, Any]]]
     null: Callable[[dict[str, Any]], dict[str, Any] | None]
+    cond: Callable[[torch.Tensor, Any], dict[str, Any]] = lambda labels, device: {}
+    labels: range = range(1)
 
     def batch(self, draws: Draws) -> Batch:
         """The batch of a turn."""
@@ -125,6 +130,9 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
             return None
         return {"label": torch.full_like(cond["label"], null_label)}
 
+    def cond(labels: torch.Tensor, device: Any) -> dict[str, Any]:
+        return {} if null_label is None else {"label": labels.to(device)}
+
     if recipe.path in ("labels", "unconditional"):
         if teacher.shape is None:
             raise ValueError(f"data.path = {recipe.path} needs a teacher that knows its shape")
@@ -136,7 +144,9 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
                 return None, {"label": torch.full((draws.count,), null_label, device=draws.device)}
             return None, {"label": (draws.uniform("data") * null_label).long()}
 
-        return Data(teacher.shape, conditions, null)
+        alone = recipe.path == "unconditional" and null_label is not None
+        known = range(null_label, null_label + 1) if alone else range(null_label or 1)
+        return Data(teacher.shape, conditions, null, cond, known)
     codec = teacher.codec if isinstance(getattr(teacher, "codec", None), LatentCodec) else None
     source = open_source(recipe, codec) if source is None else source
     _check(source, teacher, null_label)
@@ -151,7 +161,7 @@ def open_data(recipe: DataRecipe, teacher: Denoiser, source: Source | None = Non
         x = as_float(x.to(draws.device, non_blocking=True))
         return x, {} if null_label is None else {"label": labels.to(draws.device, non_blocking=True)}
 
-    return Data(source.shape, real, null)
+    return Data(source.shape, real, null, cond, range(null_label or 1))
 
 
 def _null_label(teacher: Denoiser) -> int | None:

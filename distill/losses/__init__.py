@@ -18,15 +18,20 @@ from .divergences import (
     level_means,
 )
 from .dmd import dmd_gradient
+from .inversion import invert
 from .mean_flow import guided_velocity, mean_flow_loss, mean_flow_target
 from .phased import phased_critic_loss, phased_gradient, phased_kernel, phased_target
-from .rendered import (
-    cds_gradient,
-    classifier_gradient,
-    invert,
-    score_distillation_gradient,
-    variational_gradient,
+from .preference import (
+    dpo_loss,
+    mapo_loss,
+    mapo_score,
+    network_error,
+    output_weight,
+    preference_logit,
+    smoothed_labels,
+    smpo_loss,
 )
+from .rendered import cds_gradient, classifier_gradient, score_distillation_gradient, variational_gradient
 from .score_matching import sid_loss, sim_loss
 from .surrogate import surrogate
 from .trigflow import consistency_tangent, normalised, scm_loss, trig_output
@@ -46,24 +51,32 @@ __all__ = [
     "discriminator_loss",
     "divergence_weight",
     "dmd_gradient",
+    "dpo_loss",
     "generator_loss",
     "gradient_r1",
     "guided_velocity",
     "invert",
     "level_means",
+    "mapo_loss",
+    "mapo_score",
     "mean_flow_loss",
     "mean_flow_target",
+    "network_error",
     "next_level",
     "normalised",
     "ode_step",
+    "output_weight",
     "phased_critic_loss",
     "phased_gradient",
     "phased_kernel",
     "phased_target",
+    "preference_logit",
     "scm_loss",
     "score_distillation_gradient",
     "sid_loss",
     "sim_loss",
+    "smoothed_labels",
+    "smpo_loss",
     "surrogate",
     "trig_output",
     "variational_gradient",

@@ -44,23 +44,6 @@ def classifier_gradient(
 
 
 @torch.no_grad()
-def invert(d: Denoiser, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
-    """x_t by DDIM run backwards through ``times`` (n,), rising from near 0 to t: the noise is the teacher's, not drawn.
-
-    x' = (alpha' / alpha) x + (sigma' - (alpha' / alpha) sigma) eps(x, t)
-    """
-    path = d.path
-    levels = [float(t) for t in times]
-    if sorted(levels) != levels or len(levels) < 2:
-        raise ValueError(f"times must rise and be two or more, got {levels}")
-    x = x * path.alpha(levels[0])
-    for now, then in zip(levels, levels[1:], strict=False):
-        ratio = path.alpha(then) / path.alpha(now)
-        x = ratio * x + (path.sigma(then) - ratio * path.sigma(now)) * d.eps(x, now, **cond)
-    return x
-
-
-@torch.no_grad()
 def cds_gradient(
     d: Denoiser,
     x: torch.Tensor,

@@ -7,6 +7,7 @@ gets no critic.
 
 from .awm import AWM
 from .dmd2 import DMD2
+from .dpo import DPO
 from .ect import ECT
 from .fdistill import FDistill
 from .grpo import GRPO
@@ -27,8 +28,20 @@ METHODS = {
     "awm": AWM,
     "grpo": GRPO,
     "raft": RAFT,
+    "dpo": DPO,
 }
 
 __all__ = [
-    "AWM", "DMD2", "ECT", "GRPO", "METHODS", "RAFT", "SCM", "SIM", "FDistill", "MeanFlow", "PhasedDMD",
+    "AWM",
+    "DMD2",
+    "DPO",
+    "ECT",
+    "GRPO",
+    "METHODS",
+    "RAFT",
+    "SCM",
+    "SIM",
+    "FDistill",
+    "MeanFlow",
+    "PhasedDMD",
 ]  # fmt: skip
