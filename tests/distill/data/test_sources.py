@@ -132,7 +132,7 @@ def test_bytes_become_floats_and_labels_conditions(tmp_path):
     (DataRecipe("digits", crop=9), teacher((1, 9, 9)), "data.crop must lie in 1 .. 8"),
     (DataRecipe("digits", size=4), teacher((1, 4, 4)), "data.size is for pictures"),
     (DataRecipe("glyphs", flip=True), teacher((3, 32, 32)), "not for glyphs"),
-    (DataRecipe("nowhere/at/all"), teacher((1, 8, 8)), "digits, mixture, labels, glyphs, .*not there"),
+    (DataRecipe("nowhere/at/all"), teacher((1, 8, 8)), "digits, mixture, labels, unconditional, glyphs, .*not there"),
     (DataRecipe("labels"), teacher(None), "knows its shape"),
 ])  # fmt: skip
 def test_data_that_a_teacher_cannot_use_are_named(recipe, who, said):
