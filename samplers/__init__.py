@@ -17,6 +17,7 @@ from .ensemble_posterior import ensemble_posterior
 from .ersde import ersde
 from .euler import euler
 from .feynman_kac import feynman_kac
+from .first_hitting import first_hitting
 from .flow_sde import flow_sde
 from .fused import Clip
 from .guidance import autoguidance, cfg, rlg
@@ -24,6 +25,8 @@ from .guide import Guide
 from .heun import heun
 from .ipndm import ipndm, ipndm_v
 from .loop import Info, State, init, sample, step, take
+from .masked_ancestral import masked_ancestral
+from .masked_cfg import masked_cfg
 from .minority import feature_distance, minority, minority_classes, minority_score
 from .multistep import multistep
 from .noise import starting_noise
@@ -50,11 +53,11 @@ __all__ = [
     "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted",
     "autoguidance", "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm",
     "dpm_single", "dpmpp", "dps", "ensemble_posterior", "ersde", "euler", "fast_orders",
-    "feature_distance", "feynman_kac", "flow_sde", "grids", "heun", "importance", "init", "ipndm", "ipndm_v",
-    "minority", "minority_classes", "minority_score", "multistep", "operators", "pndm", "restart", "rk",
-    "rlg", "sa", "sample", "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer",
-    "step", "svdd", "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc",
-    "usf",
+    "feature_distance", "feynman_kac", "first_hitting", "flow_sde", "grids", "heun", "importance",
+    "init", "ipndm", "ipndm_v", "masked_ancestral", "masked_cfg", "minority", "minority_classes",
+    "minority_score", "multistep", "operators", "pndm", "restart", "rk", "rlg", "sa", "sample",
+    "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer", "step", "svdd",
+    "take", "targets", "teleport", "time_shift", "tree_sample", "tree_search", "unipc", "usf",
 ]  # fmt: skip
 
 
