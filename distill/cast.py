@@ -15,6 +15,7 @@ from ..models.rewards import checked
 from .data import Data
 from .discriminator import Discriminator, discriminator_on
 from .lora import recomputing, share_network
+from .methods.dd2 import DD2, autoregressive_start
 from .methods.meanflow import MeanFlow, mean_flow_student
 from .methods.phased import PhasedDMD, phased_student
 from .opening import probe
@@ -30,6 +31,8 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
     parent = teacher
     if recipe.student.net is not None:
         parent = _of_its_own(recipe, teacher, data)
+    elif isinstance(method, DD2):
+        parent = _autoregressive_start(recipe, teacher)
     heads = _heads(recipe, method, {"critic": parent, "teacher": teacher}, data)
     if recipe.shard == "fsdp" and parent.net is not None:
         parent.net.cpu()  # copies of it go to the device as shards, block by block
@@ -113,6 +116,16 @@ def _of_its_own(recipe: DistillRecipe, teacher: Denoiser, data: Data) -> Denoise
     parent = build(config)
     warm_up(parent, teacher, data, recipe.seed, recipe.student.warm_up, 4 * recipe.train.batch)
     return parent
+
+
+def _autoregressive_start(recipe: DistillRecipe, teacher: Denoiser) -> Denoiser:
+    s = recipe.student
+    if s.steps != 1 or s.times or recipe.lora.rank:
+        raise ValueError(
+            f"method dd2 makes students of one call, whole networks: student.steps must be 1 and lora.rank 0, got "
+            f"{s.steps} and {recipe.lora.rank}"
+        )
+    return autoregressive_start(teacher, s.warm_up, recipe.train.batch, recipe.seed)
 
 
 def networks(players: Players) -> list[torch.nn.Module]:

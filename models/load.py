@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import checkpoint, paths
+from .autoregressive import Autoregressive, conditional
 from .denoiser import Denoiser
 from .dit import DiT
 from .edm2_codec import EDM2Codec
@@ -28,11 +29,12 @@ from .latent_codec import PREFIX as CODEC
 from .latent_codec import LatentCodec
 from .load_diffusers import load_folder, load_pipeline
 from .mlp import MLP
+from .token_flow import TokenFlow
 from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
 ALIASES = {"digits": "digits-edm"}
-NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet}
+NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet, "token_flow": TokenFlow}
 
 
 def load(
@@ -166,9 +168,9 @@ def _ask(
     x: torch.Tensor,
     tau: torch.Tensor,
     label: torch.Tensor | None = None,
-    gap: torch.Tensor | None = None,
+    **more: torch.Tensor | None,  # a second time, or what stands before: of the nets that have such
 ) -> torch.Tensor:
-    return net(x, tau, label) if gap is None else net(x, tau, label, gap)
+    return net(x, tau, label, **{name: value for name, value in more.items() if value is not None})
 
 
 def _time(path: paths.Path, config: Mapping[str, Any]):
@@ -210,6 +212,10 @@ def save_checkpoint(
 
 def _checkpoint(path: Path, attention: str) -> Denoiser:
     tensors, meta = checkpoint.read(path)
+    if meta.get("kind") == "autoregressive":
+        net = Autoregressive(meta["net"])
+        net.load_state_dict({k: v.float() for k, v in tensors.items()})
+        return _frozen(conditional(net))
     if meta.get("kind") != "denoiser":
         raise ValueError(f"{path} holds a {meta.get('kind')}, not a denoiser")
     d = build(meta["config"], attention)

@@ -6,6 +6,7 @@ gets no critic.
 """
 
 from .awm import AWM
+from .dd2 import DD2
 from .dmd2 import DMD2
 from .dpo import DPO
 from .ect import ECT
@@ -29,10 +30,12 @@ METHODS = {
     "grpo": GRPO,
     "raft": RAFT,
     "dpo": DPO,
+    "dd2": DD2,
 }
 
 __all__ = [
     "AWM",
+    "DD2",
     "DMD2",
     "DPO",
     "ECT",
