@@ -12,11 +12,14 @@ from .dpo import DPO
 from .ect import ECT
 from .fdistill import FDistill
 from .grpo import GRPO
+from .inpo import InPO
+from .mapo import MaPO
 from .meanflow import MeanFlow
 from .phased import PhasedDMD
 from .raft import RAFT
 from .scm import SCM
 from .sim import SIM
+from .smpo import SmPO
 
 METHODS = {
     "dmd2": DMD2,
@@ -30,21 +33,13 @@ METHODS = {
     "grpo": GRPO,
     "raft": RAFT,
     "dpo": DPO,
+    "inpo": InPO,
+    "smpo": SmPO,
+    "mapo": MaPO,
     "dd2": DD2,
 }
 
 __all__ = [
-    "AWM",
-    "DD2",
-    "DMD2",
-    "DPO",
-    "ECT",
-    "GRPO",
-    "METHODS",
-    "RAFT",
-    "SCM",
-    "SIM",
-    "FDistill",
-    "MeanFlow",
-    "PhasedDMD",
+    "AWM", "DD2", "DMD2", "DPO", "ECT", "GRPO", "METHODS", "RAFT", "SCM", "SIM", "FDistill", "InPO", "MaPO",
+    "MeanFlow", "PhasedDMD", "SmPO",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...models.denoiser import Denoiser
 from ...samplers.chain import per_sample
 from ..levels import Times
 from ..losses import network_error, output_weight
@@ -28,7 +29,7 @@ class Noised(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Denoising errors (B,) of both by the policy, and by the reference where there is one."""
+    """Denoising errors (B,) of both by the policy, and by the reference where it is asked (else the policy's)."""
 
     winner: torch.Tensor
     loser: torch.Tensor
@@ -50,6 +51,7 @@ class Preference:
     times: Times = field(default_factory=Times)
     reduce: str = "mean"
     updates: int = 1
+    compares = True  # the reference is asked
 
     def __post_init__(self):
         if self.updates < 1:
@@ -63,7 +65,7 @@ class Preference:
 
     def cost(self) -> int:
         """Network calls that a pair costs in one iteration, one with a gradient counted as three."""
-        return 2 * self.updates * (3 + 1)
+        return 2 * self.updates * (3 + self.compares)
 
     def student_loss(self, players: Players, batch: Batch) -> tuple[torch.Tensor, Numbers]:
         """See the module."""
@@ -72,27 +74,29 @@ class Preference:
                 "preference methods learn from pairs, and the batch has none (pairs= or reward=)"
             )
         noised = self.noised(players, batch)
-        mine = self.errors(players, batch, noised, "student")
-        with torch.no_grad():
-            base = self.errors(players, batch, noised, "teacher")
+        mine = self.errors(players.student.d, batch, noised)
+        base = mine.detach()
+        if self.compares:
+            with torch.no_grad():
+                base = self.errors(players.teacher, batch, noised)
         errors = Errors(*mine.chunk(2), *base.chunk(2))
         loss, u = self.objective(errors, batch.pairs)
-        return loss, {
+        numbers = {
             "implicit_accuracy": (u > 0).float().mean(),
             "margin": u.mean(),
             "winner_error": errors.winner.mean(),
-            "winner_gain": (errors.base_winner - errors.winner).mean(),
             "passes": loss.new_full((), float(batch.draws.total * self.cost())),
         }
+        if self.compares:
+            numbers["winner_gain"] = (errors.base_winner - errors.winner).mean()
+        return loss, numbers
 
-    def errors(self, players: Players, batch: Batch, noised: Noised, who: str) -> torch.Tensor:
-        """Errors (2 B,) of the student's network, or of the teacher's."""
-        d = players.student.d if who == "student" else players.teacher
+    def errors(self, d: Denoiser, batch: Batch, noised: Noised) -> torch.Tensor:
+        """Errors (2 B,) of a network, winners' and then losers'."""
         t = twice(noised.t)
         count = len(noised.t)
         cond = per_sample(batch.cond, torch.arange(count).repeat(2), count)
-        weight = output_weight(players.student.d, t)
-        return network_error(d(noised.x, t, **cond), both(batch.pairs), weight, self.reduce)
+        return network_error(d(noised.x, t, **cond), both(batch.pairs), output_weight(d, t), self.reduce)
 
     def objective(self, errors: Errors, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, what its sigmoid is taken of (B,))."""
@@ -104,6 +108,6 @@ def both(pairs: Pairs) -> torch.Tensor:
     return torch.cat([pairs.winner, pairs.loser])
 
 
-def twice(value: torch.Tensor) -> torch.Tensor:
+def twice(value: torch.Tensor, axis: int = 0) -> torch.Tensor:
     """The same for losers as for winners."""
-    return torch.cat([value, value])
+    return torch.cat([value, value], axis)
