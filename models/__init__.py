@@ -11,6 +11,7 @@ from .gaussian_fit import gaussian
 from .gaussian_stats import GaussianStats
 from .ideal import IdealDenoiser
 from .load import load, save_checkpoint
+from .masked import MaskedModel, load_masked
 from .mixture import GaussianMixture
 from .patch import patch
 from .rewards import class_probability, ink
@@ -26,6 +27,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianStats",
     "IdealDenoiser",
+    "MaskedModel",
     "UNet",
     "UNetConfig",
     "class_probability",
@@ -37,6 +39,7 @@ __all__ = [
     "ink",
     "load",
     "load_classifier",
+    "load_masked",
     "patch",
     "paths",
     "save_checkpoint",

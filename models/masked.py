@@ -8,6 +8,12 @@ time (2409.02908), and so ours are not told it unless ``timed``.
     >>> model = from_joint(even)
     >>> model(torch.tensor([[2, 2], [1, 2]])).exp().tolist()          # nothing seen; the first bit is 1
     [[[0.5, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.0, 1.0]]]
+
+A model learned from the digits is in the package; its tokens are pixels of 17 levels (``models.pixel_tokens``).
+
+    >>> model = load_masked("digits-masked")
+    >>> model.vocabulary, model.length, model(model.masks(2), label=torch.tensor([3, 4])).shape
+    (17, 64, torch.Size([2, 64, 17]))
 """
 
 from __future__ import annotations
