@@ -153,10 +153,11 @@ def from_joint(table: torch.Tensor, schedule: str | MaskSchedule = "linear") -> 
     strides = (size + 1) ** torch.arange(length - 1, -1, -1)
 
     def call(tokens: torch.Tensor) -> torch.Tensor:
-        here = (tokens * strides).sum(-1)
-        hidden = here[:, None] + (size - tokens) * strides  # the entry with the i-th token masked
-        filled = hidden[..., None] + (torch.arange(size) - size) * strides[:, None]
-        return wide[filled] - wide[hidden][..., None]
+        entries, stride = wide.to(tokens.device), strides.to(tokens.device)
+        here = (tokens * stride).sum(-1)
+        hidden = here[:, None] + (size - tokens) * stride  # the entry with the i-th token masked
+        filled = hidden[..., None] + (torch.arange(size, device=tokens.device) - size) * stride[:, None]
+        return entries[filled] - entries[hidden][..., None]
 
     return MaskedModel(call, size, length, schedule)
 
