@@ -121,11 +121,16 @@ class Watch:
         self.said: set[str] = set()
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
-        for key in ("gan_accuracy", "ratio_clipped"):  # a batch alone says little: a mean of the last turns
+        for key in ("gan_accuracy", "ratio_clipped", "flat_groups"):  # a batch alone says little
             if key in line:
                 old = self.means.get(key, line[key])
                 self.means[key] = old + (line[key] - old) / self.memory
         wrong = _complaints({**line, **self.means}, self.iters)
+        if line.get("flat_groups") == 1:
+            wrong["constant"] = (
+                "the reward is constant in every group (flat_groups): this batch made no update; is it a reward, or "
+                "has the policy reached the most there is?"
+            )
         new = {kind: words for kind, words in wrong.items() if kind not in self.said}
         self.said |= set(new)
         return list(new.values())
@@ -158,6 +163,11 @@ def _complaints(line: Mapping[str, Any], iters: int) -> dict[str, str]:
         found["ratio"] = (
             f"{line['ratio_clipped']:.0%} of the density ratios are clipped (ratio_clipped), so the divergence is not "
             f"the one asked for; set method.gan.r1, or lower method.gan.critic or optim.critic_lr"
+        )
+    if late and line.get("flat_groups", 0) > 0.5:
+        found["flat"] = (
+            f"the reward is constant in {line['flat_groups']:.0%} of the groups (flat_groups), which teach nothing: "
+            f"raise method.group, or stop, if the reward cannot rise any more"
         )
     spread = line.get("contrast", 1.0)
     if spread > 1.3:

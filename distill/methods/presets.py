@@ -1,4 +1,6 @@
-"""Other code bases' choices, as options of ``DMD2`` and ``FDistill``: ``method: {name: dmd2, preset: fastgen}``.
+"""Other code bases' choices, as options of ``DMD2`` and ``FDistill``, and of ``GRPO`` and ``AWM`` at the end.
+
+    method: {name: dmd2, preset: fastgen}
 
 What differs between the two, beside the number of critic updates (``train.critic_steps``: 5 in DMD2's ImageNet recipe;
 4 in FastGen, whose every fifth iteration is the student's):
@@ -31,6 +33,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         "times": {**_KARRAS, "low": 0.002, "high": 0.998},
         "critic_times": {**_KARRAS, "low": 0.002, "high": 0.998},
         "gan": {"features": "teacher", "critic": 1.0, "times": {**_KARRAS, "low": 0.002, "high": 0.998}},
+    },
+    # ddpo-pytorch (2305.13301): per-prompt whitening, no KL, the mean log-likelihood in the place of the paper's sum
+    "ddpo": {
+        "rollout": {"sampler": "ddim", "steps": 50, "grid": "uniform", "options": {"eta": 1.0}},
+        "advantage": "group",
+        "clip": 1e-4,
+        "log_prob": "mean",
+        "beta": 0.0,
+    },
+    # flow_grpo's configurations for SD3.5-M (2505.05470); their guidance of 4.5 is left out
+    "flow_grpo": {
+        "rollout": {"sampler": "flow_sde", "steps": 10, "grid": "shifted"},
+        "group": 24,
+        "advantage": "global",
+        "clip": 1e-4,
+        "log_prob": "mean",
+        "share": 0.99,
+        "beta": 0.04,
+        "kl": "released",
+    },
+    # advantage_weighted_matching's for SD3.5-M (2509.25050); an update a batch of rollouts
+    "awm": {
+        "rollout": {"sampler": "sa", "steps": 14, "grid": "shifted"},
+        "group": 24,
+        "advantage": "global",
+        "objective": "on_policy",
+        "updates": 1,
+        "repeats": 6,
+        "weight": "t",
+        "power": 0.25,
+        "beta": 0.001,
+        "times": {"kind": "logistic", "mean": 1.0986},
     },
 }
 
