@@ -33,6 +33,7 @@ from .token_flow import TokenFlow
 from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
+SHIPPED = (*EMBEDDED, "digits-ar")  # the last one's estimates are of one place after another
 ALIASES = {"digits": "digits-edm"}
 NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet, "token_flow": TokenFlow}
 
@@ -51,11 +52,11 @@ def load(
     """A Denoiser, frozen and in evaluation mode.
 
     Args:
-        name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers; a
-            ``.safetensors`` checkpoint of fewstep; a ``.pkl`` of the EDM or EDM2 repositories, whose weights are read
-            without running the code that it carries; a folder that diffusers saved: a UNet2DModel with a scheduler, or
-            a pipeline of prompts or classes (DiT, Stable Diffusion, SDXL, SD3, Flux, Wan, ...); or such a pipeline
-            itself, whose network is used as it stands.
+        name_or_path: ``digits-edm`` (also ``digits``), ``digits-vp``, ``digits-flow``: the embedded teachers, and
+            ``digits-ar``, an autoregressive one; a ``.safetensors`` checkpoint of fewstep; a ``.pkl`` of the EDM or
+            EDM2 repositories, whose weights are read without running the code that it carries; a folder that diffusers
+            saved: a UNet2DModel with a scheduler, or a pipeline of prompts or classes (DiT, Stable Diffusion, SDXL,
+            SD3, Flux, Wan, ...); or such a pipeline itself, whose network is used as it stands.
         attention: ``sdpa`` or ``xformers``, of our own networks; pipelines have ``pipe.set_attn_processor``.
         dtype: what the network computes in; the sampler's state is float32 whatever it is.
         variant: of a pipeline's files, e.g. ``fp16``.
@@ -78,7 +79,7 @@ def load(
             )
         d = load_pipeline(name_or_path, **size)
         return d if dtype is device is None else d.to(device=device, dtype=dtype)
-    known = os.fspath(name_or_path) in (*ALIASES, *EMBEDDED)
+    known = os.fspath(name_or_path) in (*ALIASES, *SHIPPED)
     if not known and os.path.isdir(os.path.expanduser(name_or_path)):
         d = load_folder(Path(name_or_path).expanduser(), attention, dtype, variant, device, **size)
         return _frozen(d)
@@ -93,7 +94,7 @@ def load(
 def _load(name_or_path: str | os.PathLike, attention: str) -> Denoiser:
     name = os.fspath(name_or_path)
     name = ALIASES.get(name, name)
-    if name in EMBEDDED:
+    if name in SHIPPED:
         return _checkpoint(checkpoint.DATA / f"{name}.safetensors", attention)
     path = Path(name).expanduser()
     if path.suffix in (".pt", ".pth", ".ckpt", ".bin"):
@@ -105,7 +106,7 @@ def _load(name_or_path: str | os.PathLike, attention: str) -> Denoiser:
         return _edm(path, attention)[0]
     if path.is_file():
         return _checkpoint(path, attention)
-    known = [*ALIASES, *EMBEDDED]
+    known = [*ALIASES, *SHIPPED]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(

@@ -29,6 +29,8 @@ from ..losses.conditional_score import conditional_critic_loss, conditional_dist
 from ..players import Batch, Players
 from .dmd2 import Numbers
 
+BANK = 2000  # samples of the teacher that the start is fitted on
+
 
 @dataclass
 class DD2:
@@ -105,22 +107,27 @@ def autoregressive_start(
 ) -> Denoiser:
     """The autoregressive diffusion model that student and critic start as: the teacher's backbone under a new head.
 
-    Fitted for ``iters`` steps by the GTS loss on samples of the teacher, classes drawn uniformly.
+    Fitted for ``iters`` steps by the GTS loss on ``BANK`` samples of the teacher, classes drawn uniformly.
     """
     from ..fitting import Fitting, fit
 
-    book, config = book_of(teacher), teacher.net.config.to_dict()
-    path = teacher.path
+    book, path = book_of(teacher), teacher.path
     d = build({
         "path": path.to_config(), "predicts": "flow", "shape": list(book.shape),
-        "net": {"type": "token_flow", **config, "dropout": 0.0},
+        "net": {"type": "token_flow", **teacher.net.config.to_dict(), "dropout": 0.0},
     })  # fmt: skip
     d.net.take_over(teacher.net)
-    law = Times("uniform", low=0.02)
+    d.to(book.codes.device)
+    if not iters:
+        return d
+    law, drawn = Times("uniform", low=0.02), Draws(seed, iters, 0, BANK, BANK, book.codes.device)
+    labels = (drawn.uniform("data") * teacher.net.null_label).long()
+    made = book.split(teacher.net.sample(labels, seed, drawn.ids))
 
     def loss_of(draws: Draws) -> torch.Tensor:
-        label = (draws.uniform("data") * teacher.net.null_label).long()
-        x0 = book.split(teacher.net.sample(label, draws.seed, draws.ids, draws.turn))
+        draws = draws._replace(device=made.device)
+        rows = (draws.uniform("data") * BANK).long()
+        x0, label = made[rows], labels[rows]
         t = levels(draws, law, path, x0)
         x_t = path.add_noise(x0, t, draws.normal("forward", tuple(x0.shape[1:])))
         with torch.no_grad():
@@ -128,7 +135,5 @@ def autoregressive_start(
         estimate = d(x_t, t, prefix=x0, label=label)
         return conditional_critic_loss(estimate, wanted, path.alpha(t), path.sigma(t), weight)
 
-    if iters:
-        fit(d.net, loss_of, Fitting(name="start", steps=iters, batch=batch, lr=lr, seed=seed))
-    d.net.book.load_state_dict(book.state_dict())
+    fit(d.net, loss_of, Fitting(name="start", steps=iters, batch=batch, lr=lr, seed=seed))
     return d
