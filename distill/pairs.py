@@ -41,16 +41,20 @@ AT_ONCE = 512  # samples, of models without a codec
 
 
 class Pairs(NamedTuple):
-    """Winners and losers (N, *shape), their scores (N, 2) and their labels (N,)."""
+    """Winners and losers (N, *shape), their scores (N, 2) and their labels (N,); of a batch, too.
+
+    ``span`` (2,): the least and the most of all scores, which rows of them no longer know.
+    """
 
     winner: torch.Tensor
     loser: torch.Tensor
     scores: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    span: torch.Tensor | None = None
 
     def rows(self, which: torch.Tensor) -> Pairs:
         """The pairs ``which`` (n,)."""
-        return Pairs(*(None if v is None else v[which] for v in self))
+        return Pairs(*(None if v is None else v[which] for v in self[:4]), self.span)
 
 
 @dataclass
@@ -116,7 +120,7 @@ def make_pairs(
 
 
 def _columns(made: list[Pairs]) -> list[tuple[torch.Tensor, ...]]:
-    return list(zip(*made, strict=True)) if made else [()] * len(Pairs._fields)
+    return list(zip(*(pairs[:4] for pairs in made), strict=True)) if made else [()] * 4
 
 
 def _group(
@@ -174,7 +178,7 @@ def _paired(
 
 def write_pairs(path: str | os.PathLike, pairs: Pairs, about: Mapping[str, Any] | None = None) -> None:
     """Write pairs, and what they are made of, into a .safetensors."""
-    tensors = {name: value for name, value in pairs._asdict().items() if value is not None}
+    tensors = {name: value for name, value in zip(Pairs._fields[:4], pairs) if value is not None}
     checkpoint.write(path, tensors, {"kind": "pairs", **(about or {})})
 
 
@@ -188,7 +192,7 @@ def read_pairs(path: str | os.PathLike, shape: tuple[int, ...] | None = None) ->
     try:
         with safe_open(str(path), framework="pt") as file:
             there = set(file.keys())
-            found = {name: file.get_tensor(name) for name in there & set(Pairs._fields)}
+            found = {name: file.get_tensor(name) for name in there & set(Pairs._fields[:4])}
     except SafetensorError as error:
         raise ValueError(f"pairs = {path} is not a safetensors file: {error}") from error
     for name in ("winner", "loser"):
@@ -260,6 +264,8 @@ class PairedData(NamedTuple):
 def paired(data: Data, pairs: Pairs) -> PairedData:
     """Data of pairs; ValueError where the pairs' labels are none of the data's."""
     known, count = data.labels, len(pairs.winner)
+    if pairs.scores is not None:
+        pairs = pairs._replace(span=torch.stack(pairs.scores.aminmax()))
     if len(known) == 1:  # one condition for all: what the labels say is of no concern
         return PairedData(data, pairs._replace(labels=torch.full((count,), known[0])))
     if pairs.labels is None:

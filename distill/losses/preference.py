@@ -112,7 +112,10 @@ def smpo_loss(
 
 
 def smoothed_labels(
-    winner: torch.Tensor, loser: torch.Tensor, low: float = 0.0, high: float = 1.0
+    winner: torch.Tensor,
+    loser: torch.Tensor,
+    low: float | torch.Tensor = 0.0,
+    high: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
     """p (B,) of SmPO: the softmax of both scores after ``low`` .. ``high`` was put on 0 .. 1, so at most 0.73.
 
@@ -121,9 +124,14 @@ def smoothed_labels(
     >>> smoothed_labels(torch.tensor([1.0, 0.3]), torch.tensor([0.0, 0.3]))
     tensor([0.7311, 0.5000])
     """
-    if not high > low:
-        raise ValueError(f"high must exceed low, got low = {low}, high = {high}: all scores are equal")
-    return ((winner - loser) / (high - low)).sigmoid()
+    width = high - low
+    if isinstance(
+        width, torch.Tensor
+    ):  # not looked at, which would wait for a device: equal scores are as likely
+        width = width.clamp_min(torch.finfo(width.dtype).tiny)
+    elif not width > 0:
+        raise ValueError(f"high must exceed low, got low = {low}, high = {high}")
+    return ((winner - loser) / width).sigmoid()
 
 
 def mapo_score(error: torch.Tensor, k: float = 0.5) -> torch.Tensor:
