@@ -179,3 +179,23 @@ def test_ink_rises_with_pairs_and_does_not_where_each_is_there_both_ways(ink):
 def test_options_that_are_none(name, override, message, ink):
     with pytest.raises(ValueError, match=message):
         gradient(trainer(name, ink.data, ink.pairs, override))
+
+
+def test_a_pipeline_learns_from_pairs_of_its_own_under_prompts(pipelines, tmp_path):
+    """The shipped recipe but for sizes: guided samples, judged as pictures, a prompt's number beside each pair."""
+    pytest.importorskip("peft")
+    pipelines.build("sd").save_pretrained(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("a fox\ntwo hares\na b c\n")
+    options = [
+        f"teacher.path={tmp_path / 'sd'}", f"data.path={tmp_path / 'prompts.txt'}", f"out={tmp_path}",
+        f"prompts.cache={tmp_path / 'cache'}", "teacher.height=16", "teacher.width=16", "student.steps=2",
+        "pairs=null", "reward=brightness", "method.groups={count: 3, size: 2, guidance: 3.0}", "lora.rank=2",
+        "train.batch=4", "train.iters=2", "report.exam=2", "report.teacher_calls=2", "threads=1", "optim.warmup=0",
+    ]  # fmt: skip
+    folder = run("dpo-sdxl", options)
+    pairs = load_file(folder / "pairs.safetensors")
+    assert set(pairs) == {"winner", "loser", "scores", "labels"} and set(pairs["labels"].tolist()) <= {0, 1, 2}
+    assert (pairs["scores"][:, 0] > pairs["scores"][:, 1]).all() and len(pairs["winner"]) == 3
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)  # bf16 of one network with and without an adapter
+    assert lines[-1]["bad"] == 0 and {"reward", "teacher_reward"} <= set(lines[-1])
