@@ -42,7 +42,12 @@ from .regression import Regression
 
 # Recipes of other kinds than denoisers: a module with ``Recipe``, its dataclass, and ``run(recipe)``, which writes the
 # file of weights and answers its path.
-KINDS = {"classifier": ".classifier", "autoregressive": ".autoregressive", "masked": ".masked"}
+KINDS = {
+    "classifier": ".classifier",
+    "autoregressive": ".autoregressive",
+    "masked": ".masked",
+    "tarflow": ".tarflow",
+}
 CHECK = 50  # steps between looks at the loss where a look means waiting for a GPU
 
 

@@ -15,6 +15,7 @@ from .masked import MaskedModel, load_masked
 from .mixture import GaussianMixture
 from .patch import patch
 from .rewards import class_probability, ink
+from .tarflow import TarFlow, TarFlowConfig, load_flow
 from .unet import UNet, UNetConfig
 
 __all__ = [
@@ -28,6 +29,8 @@ __all__ = [
     "GaussianStats",
     "IdealDenoiser",
     "MaskedModel",
+    "TarFlow",
+    "TarFlowConfig",
     "UNet",
     "UNetConfig",
     "class_probability",
@@ -39,6 +42,7 @@ __all__ = [
     "ink",
     "load",
     "load_classifier",
+    "load_flow",
     "load_masked",
     "patch",
     "paths",

@@ -20,6 +20,7 @@ from .feynman_kac import feynman_kac
 from .first_hitting import first_hitting
 from .flow_sde import flow_sde
 from .fused import Clip
+from .gs_jacobi import gs_jacobi
 from .guidance import autoguidance, cfg, rlg
 from .guide import Guide
 from .heun import heun
@@ -53,7 +54,7 @@ __all__ = [
     "Blend", "Clip", "Guide", "Info", "Program", "State", "Table", "Tree", "abm", "adapted",
     "autoguidance", "best_of_n", "capture", "cfg", "consistency", "ddim", "ddpm", "deis", "dpm",
     "dpm_single", "dpmpp", "dps", "ensemble_posterior", "ersde", "euler", "fast_orders",
-    "feature_distance", "feynman_kac", "first_hitting", "flow_sde", "grids", "heun", "importance",
+    "feature_distance", "feynman_kac", "first_hitting", "flow_sde", "grids", "gs_jacobi", "heun", "importance",
     "init", "ipndm", "ipndm_v", "masked_ancestral", "masked_cfg", "minority", "minority_classes",
     "minority_score", "multistep", "operators", "pndm", "restart", "rk", "rlg", "sa", "sample",
     "sde_dpmpp", "search", "skip", "smc_steering", "starting_noise", "steer", "step", "svdd",
