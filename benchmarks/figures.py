@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import math
+import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -555,6 +556,11 @@ def score_distillation_page(figure: Figure) -> None:
     scatter(figure, {"data": RING.sample(400, seed=3), "SDS": sds, "VSD": vsd})
 
 
+def preferences_page(figure: Figure) -> None:
+    """The figure has a file of its own."""
+    runpy.run_path(str(HERE / "figures_preferences.py"))["preferences_page"](figure)
+
+
 def trained(figure: Figure, names: Sequence[str]) -> None:
     """FD of students while they train, a line a seed, from the committed runs on digits; the teacher beside them."""
     found = json.loads((HERE / "results" / "distillation-digits-curves.json").read_text())
@@ -597,7 +603,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "time-shift": time_shift_page, "teleport": teleport_page, "search": search_page, "guidance": guidance_page,
     "rlg": rlg_page, "minority": minority_page, "feynman-kac": feynman_kac_page, "rewards": rewards_page,
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
-    "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
+    "preferences": preferences_page, "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
 }  # fmt: skip
 WIDE = (
     "deis",
@@ -609,6 +615,7 @@ WIDE = (
     "posterior",
     "f-distill",
     "score-distillation",
+    "preferences",
 )
 
 
