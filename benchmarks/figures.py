@@ -603,7 +603,8 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "time-shift": time_shift_page, "teleport": teleport_page, "search": search_page, "guidance": guidance_page,
     "rlg": rlg_page, "minority": minority_page, "feynman-kac": feynman_kac_page, "rewards": rewards_page,
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
-    "preferences": preferences_page, "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
+    "preferences": preferences_page,
+    "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
 }  # fmt: skip
 WIDE = (
     "deis",
