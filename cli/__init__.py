@@ -28,6 +28,7 @@ VERBS = {
     "teacher": ("..distill.teacher", "trains one of the small teachers by its recipe"),
     "latents": ("..distill.data.latents", "encodes a data set once by an autoencoder, to train in latents"),
     "distill": ("..distill.run", "trains a student of few steps from a teacher, by a recipe"),
+    "pairs": ("..distill.make_pairs", "pairs of samples from a reward, for preference methods"),
     "eval": (".eval", "measures samples: FID and its kin, and reference statistics for them"),
     "kernels": (".kernels", "lists the ops that have a Triton kernel, and who runs them here"),
     "bench": (".bench", "times every kernel beside torch, torch.compile and the memory's bandwidth"),

@@ -107,20 +107,15 @@ def make_pairs(
         x, scores, labels = _group(base, reward, data, groups, draws)
         made.append(_paired(x, scores, labels, groups, draws))
         say(reward=float(scores.mean()))
-    pairs = Pairs(
-        *(gather_rows(torch.cat(parts).cpu() if parts else None, ranks) for parts in _columns(made))
-    )
-    pairs = Pairs(*(v.cpu() for v in pairs if v is not None))
+    columns = zip(*(pairs[:4] for pairs in made), strict=True) if made else [()] * 4
+    gathered = [gather_rows(torch.cat(parts) if parts else None, ranks) for parts in columns]
+    pairs = Pairs(*(v.cpu() for v in gathered if v is not None))
     differ = pairs.scores[:, 0] != pairs.scores[:, 1]
     if not bool(differ.any()):
         raise ValueError(
             f"the reward is the same for all samples of every group of {size}: there is nothing to prefer"
         )
     return pairs.rows(differ.nonzero()[:, 0])
-
-
-def _columns(made: list[Pairs]) -> list[tuple[torch.Tensor, ...]]:
-    return list(zip(*(pairs[:4] for pairs in made), strict=True)) if made else [()] * 4
 
 
 def _group(
@@ -141,7 +136,7 @@ def _group(
     noise = draws._replace(first=draws.first * size, count=count * size, total=draws.total * size)
     x = student.sample(noise.normal("start", data.shape), cond, draws.seed, noise.ids)
     with torch.no_grad():
-        scores = reward(x).float()
+        scores = reward(x).to(x.device, torch.float32)
     return x.reshape(count, size, *data.shape), scores.reshape(count, size), labels
 
 
@@ -294,12 +289,18 @@ def open_pairs(
     there = kept.is_file()
     ranks.wait()  # all have looked before one writes
     if not there:
-        reward = checked(named_reward(method.reward), base.d.codec)
-        pairs = make_pairs(base, reward, data, method.groups, seed, ranks)
-        if ranks.first:
-            write_pairs(kept, pairs, about(method.reward, method.groups, base, seed))
-        ranks.wait()
+        make_file(kept, method.reward, base, data, method.groups, seed, ranks)
     return paired(data, read_pairs(kept, data.shape))
+
+
+def make_file(
+    path: Path, reward: str, base: Student, data: Data, groups: Groups, seed: int = 0, ranks: Ranks = ALONE
+) -> None:
+    """Make pairs from a reward by its name, and a file of them."""
+    pairs = make_pairs(base, checked(named_reward(reward), base.d.codec), data, groups, seed, ranks)
+    if ranks.first:
+        write_pairs(path, pairs, about(reward, groups, base, seed))
+    ranks.wait()
 
 
 def about(reward: str, groups: Groups, base: Student, seed: int) -> dict[str, Any]:

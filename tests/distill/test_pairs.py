@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from fewstep.distill.data import DataRecipe, open_data
 from fewstep.distill.draws import Draws
+from fewstep.distill.make_pairs import main
 from fewstep.distill.methods import DPO
 from fewstep.distill.pairs import (
     Groups,
@@ -21,6 +22,7 @@ from fewstep.distill.pairs import (
     read_pairs,
     write_pairs,
 )
+from fewstep.distill.parallel import Ranks
 from fewstep.distill.student import Student, many_steps
 from fewstep.models import GaussianMixture, load, paths
 from fewstep.models.checkpoint import read
@@ -73,6 +75,18 @@ def test_pairs_are_decided_by_the_seed_and_not_by_how_many_groups_are_made_at_on
     other = make_pairs(base, right, data, Groups(count=12, size=4), seed=4)
     assert not torch.equal(one.winner, other.winner)
     assert torch.equal(two.winner, make_pairs(base, right, data, Groups(count=12, size=4), seed=3).winner)
+
+
+def test_ranks_share_the_groups(points, monkeypatch):
+    base, data = points
+    groups = Groups(count=9, size=4)
+    monkeypatch.setattr("fewstep.distill.pairs.AT_ONCE", 8)
+    whole = make_pairs(base, right, data, groups)
+    monkeypatch.setattr("fewstep.distill.pairs.gather_rows", lambda rows, ranks: rows)
+    shares = [make_pairs(base, right, data, groups, ranks=Ranks(rank, 2)) for rank in range(2)]
+    assert [len(pairs.winner) for pairs in shares] == [6, 3]
+    for one, two in zip(whole[:4], zip(*(pairs[:4] for pairs in shares), strict=True), strict=True):
+        torch.testing.assert_close(one, torch.cat(two))
 
 
 def test_a_group_in_pairs_as_it_comes(points):
@@ -155,6 +169,21 @@ def test_a_file_of_anybody_s_will_do(tmp_path):
         tmp_path / "a.safetensors",
     )
     assert read_pairs(tmp_path / "a.safetensors", (2,)).scores is None
+
+
+def test_the_shell_makes_a_file_that_a_run_can_be_given(tmp_path, capsys):
+    file = tmp_path / "ink.safetensors"
+    options = ["reward=ink", "student.steps=2", "method.groups={count: 6, size: 3}", "threads=1"]
+    assert main(["dpo-digits", *options, "--out", str(file)]) == 0
+    assert "6 pairs" in capsys.readouterr().out
+    pairs = read_pairs(file, (1, 8, 8))
+    assert len(pairs.winner) == 6 and (pairs.scores[:, 0] > pairs.scores[:, 1]).all()
+    with pytest.raises(FileExistsError, match="must name a new file"):
+        main(["dpo-digits", "reward=ink", "--out", str(file)])
+    with pytest.raises(ValueError, match="dmd2 learns from no pairs"):
+        main(["dmd2-digits", "--out", str(tmp_path / "b.safetensors")])
+    with pytest.raises(ValueError, match="give reward=NAME"):
+        main(["dpo-digits", "reward=null", "--out", str(tmp_path / "b.safetensors")])
 
 
 NAN = torch.ones(6, 2)
