@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ..models.masked import MaskedModel
 from .noise import words
-from .unmasking import Info, Request, _bar, nucleus
+from .unmasking import Info, Request, bar, nucleus
 
 STREAM = 11  # of the noise; float64 takes its lower bits from the stream after it
 LATTICE = 2.0**-24  # of uniforms in float32
@@ -63,7 +63,7 @@ def race(
     log_probs = torch.zeros(tokens.shape, dtype=dtype, device=tokens.device)
     needed = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
     changed, calls = (tokens == model.mask).any(1), 0
-    for step in _bar(list(range(len(times) - 1)), progress):
+    for step in bar(list(range(len(times) - 1)), progress):
         rows = (changed if not model.timed else (tokens == model.mask).any(1)).nonzero()[:, 0]
         if len(rows):
             some = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in cond.items()}

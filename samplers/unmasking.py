@@ -124,7 +124,7 @@ def unmask(
     heat = torch.full((1,), temperature, device=tokens.device)
     seeds = seed if seed.numel() == 1 else seed[:, None]
     before, wrong = None, []
-    for g, width in enumerate(_bar(groups.widest, progress)):
+    for g, width in enumerate(bar(groups.widest, progress)):
         at = groups.at[:, g]
         logits = model(tokens, at, **cond)
         column = torch.arange(width, device=tokens.device)
@@ -187,7 +187,8 @@ def nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
     return logits.masked_fill(torch.zeros_like(spare).scatter(-1, index, spare), -math.inf)
 
 
-def _bar(groups: list[int], progress: bool):
+def bar(groups: list[int], progress: bool):
+    """The groups, under a bar if one is wanted."""
     if not progress:
         return groups
     from tqdm.auto import tqdm
