@@ -194,8 +194,14 @@ def test_a_pipeline_learns_from_pairs_of_its_own_under_prompts(pipelines, tmp_pa
     ]  # fmt: skip
     folder = run("dpo-sdxl", options)
     pairs = load_file(folder / "pairs.safetensors")
-    assert set(pairs) == {"winner", "loser", "scores", "labels"} and set(pairs["labels"].tolist()) <= {0, 1, 2}
+    assert set(pairs) == {"winner", "loser", "scores", "labels"} and set(pairs["labels"].tolist()) <= {
+        0,
+        1,
+        2,
+    }
     assert (pairs["scores"][:, 0] > pairs["scores"][:, 1]).all() and len(pairs["winner"]) == 3
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-2)  # bf16 of one network with and without an adapter
+    assert lines[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-2
+    )  # bf16 of one network with and without an adapter
     assert lines[-1]["bad"] == 0 and {"reward", "teacher_reward"} <= set(lines[-1])
