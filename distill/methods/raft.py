@@ -9,7 +9,8 @@ The best of K has the law  K F(r)^(K - 1) p,  F the distribution function of the
 more rounds by its powers, and the diversity that is lost does not come back. ``base`` samples of the frozen model, a
 share of what is trained on, hold on to it, in the place of a KL. For ``best`` only the order of rewards counts.
 Steered proposals are drawn by the Feynman-Kac corrector from p exp(scale r) with ``group`` particles, or found by the
-tree search with the calls of ``group`` rollouts: what search finds once the policy then does by itself.
+tree search with the calls of ``group`` rollouts: what search finds once the policy then does by itself. Both walk on
+a table that draws noise: where the student's own draws none, on ``ddim`` at eta = 1 with as many calls.
 
 A group whose rewards are all the same has no best: nothing is learned from it.
 """
@@ -89,6 +90,8 @@ class RAFT:
         """Proposals, what is kept of them, and samples of the base."""
         given, group = grouped(batch, self.group), self.group
         table = self.rollout.table(players.student)
+        if self.proposals != "rollouts" and self.rollout.sampler == "student" and not table.stochastic:
+            table = Rollout("ddim", table.calls, self.rollout.grid, {"eta": 1.0}).table(players.student)
         if self.proposals == "rollouts":
             x = rolled_out(players, given, table)
             rewards = judged(players, x)
@@ -123,8 +126,8 @@ class RAFT:
             raise ValueError(NO_REWARD)
         if not table.stochastic:
             raise ValueError(
-                f"method.proposals = {self.proposals} needs a table that draws noise, and {table.solver} draws "
-                "none: say method.rollout.sampler=ddim method.rollout.options.eta=1"
+                f"method.proposals = {self.proposals} needs a table that draws noise, and method.rollout.sampler = "
+                f"{table.solver} draws none: say ddim with method.rollout.options.eta=1"
             )
         if self.proposals == "feynman_kac":
             target = targets.tilt(players.reward, self.scale, reward_space="latent")  # it decodes by itself

@@ -327,8 +327,14 @@ def test_a_policy_gradient_wants_a_stochastic_table_without_history(rollout, wor
 
 def test_steered_proposals_want_a_stochastic_table():
     for proposals in ("feynman_kac", "tree_search"):
+        method = RAFT(reward="ink", group=4, proposals=proposals, base=0.0, rollout=Rollout("ddim", 6))
         with pytest.raises(ValueError, match="draws noise"):
-            RAFT(reward="ink", group=4, proposals=proposals).collect(gaussian_players(), batch_of(8))
+            method.collect(gaussian_players(), batch_of(8))
+        method.rollout = (
+            Rollout()
+        )  # the student's own draws none, and its calls are walked by ancestral steps
+        made = method.collect(gaussian_players(reward=lambda x: x[:, 0].float(), steps=6), batch_of(8))
+        assert made.calls <= 6
 
 
 @pytest.mark.parametrize(
