@@ -1,4 +1,4 @@
-"""RL fine-tuning of whole pipelines by the shipped recipes but for sizes: prompts, latents that a reward sees decoded, LoRA."""
+"""RL fine-tuning of whole pipelines by the shipped recipes but for sizes: prompts, decoded rewards, LoRA."""
 
 from __future__ import annotations
 
