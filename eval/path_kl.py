@@ -6,7 +6,9 @@ is at most that of their whole paths,
     KL(tuned | base) = E sum_r  gain_r^2 |D_tuned(x_r) - D_base(x_r)|^2 / (2 std_r^2),       x of the tuned one's paths,
 
 exact for the table, whatever its steps. If each model is the exact denoiser of its own law, fine steps make it the KL
-of the two laws themselves, from above. Steps that draw no noise, as the last one to x0, are left out.
+of the two laws themselves, from above. Steps that draw no noise, as the last one to x0, are left out. Of networks the
+last noisy steps are most of it: what differs there is finer than anybody sees, and little noise makes much of it. With
+``level`` the paths end there, and the divergence bounds that of samples under noise of so much (sigma / alpha).
 
 >>> from fewstep.models import GaussianMixture, paths
 >>> from fewstep.samplers import ddim, grids, starting_noise
@@ -32,7 +34,7 @@ from ..samplers.transitions import transitions
 
 
 class PathKL(NamedTuple):
-    """In nats, with the standard error of the mean over samples; ``steps``: each call's share, 0 where none draws."""
+    """In nats, with the standard error of the mean; ``steps``: each call's share; ``samples``: the paths' ends."""
 
     value: float
     error: float
@@ -49,10 +51,19 @@ def path_kl(
     cond: Mapping[str, Any] | None = None,
     seed: int = 0,
     ids: torch.Tensor | None = None,
+    level: float = 0.0,
 ) -> PathKL:
     """See the module. ``noise`` (B, ...): standard normals; two network calls a step."""
+    if not level >= 0:
+        raise ValueError(f"level must be a noise level sigma / alpha, 0 or more, got {level!r}")
     cond = cond or {}
     chain = transitions(table.on(tuned, noise.device))
+    ends = [float(tuned.path.rho(step.t)) for step in chain[1:]] + [0.0]
+    chain = [step for step, end in zip(chain, ends, strict=True) if end >= level * (1 - 1e-9)]
+    if not chain:
+        raise ValueError(
+            f"level must lie below {ends[0]:.4g}, the end of the table's first step, got {level}"
+        )
     state = init(table, noise, ids, seed=seed)
     x, shares = state.x, []
     for step in chain:

@@ -43,6 +43,19 @@ def test_between_mixtures_it_is_that_of_the_laws_within_its_own_error():
     assert other.value == 0 and len(other.steps) == table.calls
 
 
+@pytest.mark.parametrize("level", [0.5, 2.0])
+def test_down_to_a_level_it_is_that_of_the_noised_laws(level):
+    path = paths.edm()
+    table = ddim(path, [*grids.vp(path, 1000)[:-1][grids.vp(path, 1000)[:-1] > level], level, 0.0], eta=1.0)
+    found = path_kl(
+        normal(path, 1.0), normal(path, 0.0), starting_noise(0, 4, (1,)).double(), table, level=level
+    )
+    # of N(1, 1 + level^2) from N(0, 1 + level^2)
+    assert found.value == pytest.approx(0.5 / (1 + level**2), rel=0.02)
+    with pytest.raises(ValueError, match="level must lie below"):
+        path_kl(normal(path, 1.0), normal(path, 0.0), starting_noise(0, 4, (1,)), table, level=1e6)
+
+
 def test_what_cannot_be_compared_is_refused():
     path = paths.edm()
     noise = starting_noise(0, 4, (1,))
