@@ -566,6 +566,11 @@ def preferences_page(figure: Figure) -> None:
     runpy.run_path(str(HERE / "figures_preferences.py"))["preferences_page"](figure)
 
 
+def alignment_page(figure: Figure) -> None:
+    """The figure has a file of its own."""
+    runpy.run_path(str(HERE / "figures_alignment.py"))["alignment_page"](figure)
+
+
 def trained(figure: Figure, names: Sequence[str]) -> None:
     """FD of students while they train, a line a seed, from the committed runs on digits; the teacher beside them."""
     found = json.loads((HERE / "results" / "distillation-digits-curves.json").read_text())
@@ -608,7 +613,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "time-shift": time_shift_page, "teleport": teleport_page, "search": search_page, "guidance": guidance_page,
     "rlg": rlg_page, "minority": minority_page, "feynman-kac": feynman_kac_page, "rewards": rewards_page,
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
-    "preferences": preferences_page,
+    "preferences": preferences_page, "alignment": alignment_page,
     "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
     "masked": masked_page,
 }  # fmt: skip
@@ -623,6 +628,7 @@ WIDE = (
     "f-distill",
     "score-distillation",
     "preferences",
+    "alignment",
     "masked",
 )
 

@@ -21,6 +21,17 @@ from .dmd import dmd_gradient
 from .inversion import invert
 from .mean_flow import guided_velocity, mean_flow_loss, mean_flow_target
 from .phased import phased_critic_loss, phased_gradient, phased_kernel, phased_target
+from .policy import (
+    clipped_surrogate,
+    flat_groups,
+    flow_level,
+    group_advantages,
+    judged_win_rates,
+    matching_loss,
+    rank_advantages,
+    velocity_gap,
+    win_rates,
+)
 from .preference import (
     dpo_loss,
     mapo_loss,
@@ -44,6 +55,7 @@ __all__ = [
     "batch_level_means",
     "cds_gradient",
     "classifier_gradient",
+    "clipped_surrogate",
     "consistency_loss",
     "consistency_tangent",
     "denoising_loss",
@@ -52,13 +64,18 @@ __all__ = [
     "divergence_weight",
     "dmd_gradient",
     "dpo_loss",
+    "flat_groups",
+    "flow_level",
     "generator_loss",
     "gradient_r1",
+    "group_advantages",
     "guided_velocity",
     "invert",
+    "judged_win_rates",
     "level_means",
     "mapo_loss",
     "mapo_score",
+    "matching_loss",
     "mean_flow_loss",
     "mean_flow_target",
     "network_error",
@@ -71,6 +88,7 @@ __all__ = [
     "phased_kernel",
     "phased_target",
     "preference_logit",
+    "rank_advantages",
     "scm_loss",
     "score_distillation_gradient",
     "sid_loss",
@@ -80,5 +98,7 @@ __all__ = [
     "surrogate",
     "trig_output",
     "variational_gradient",
+    "velocity_gap",
+    "win_rates",
     "x0_weight",
 ]
