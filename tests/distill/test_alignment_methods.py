@@ -17,6 +17,7 @@ from fewstep.distill.methods.grpo import GRPO
 from fewstep.distill.methods.raft import RAFT, chosen
 from fewstep.distill.players import Batch, Players
 from fewstep.distill.rollouts import Rollout, grouped, spread_of
+from fewstep.distill.schema import read
 from fewstep.distill.student import Student, many_steps
 from fewstep.models import Denoiser, GaussianMixture, paths
 from fewstep.samplers import ddim, grids
@@ -160,10 +161,10 @@ def test_steps_that_draw_nothing_and_those_beyond_the_share_are_not_trained():
 
 
 def test_presets_are_what_was_released():
-    from fewstep.distill.schema import read
-
+    _, matching = read({"method": {"name": "awm", "preset": "awm", "reward": "ink"}})
+    assert matching.power == 0.25 and matching.weight == "t" and matching.updates == 1
     for preset in ("ddpo", "flow_grpo"):
-        _, method = read("grpo-digits", [f"method={{name: grpo, preset: {preset}, reward: ink}}"])
+        _, method = read({"method": {"name": "grpo", "preset": preset, "reward": "ink"}})
         assert method.log_prob == "mean" and method.clip == 1e-4
     assert method.kl == "released" and method.beta == 0.04 and method.advantage == "global"
     # |difference of means|^2 / (2 S^2), the mean over elements, on Flow-GRPO's table
