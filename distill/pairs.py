@@ -62,7 +62,7 @@ class Groups:
     """Pairs from a reward: ``count`` groups of ``size`` samples of the base model, each group under one condition.
 
     ``choose``: ``extremes``, the best of a group against its worst; ``random``, the group in pairs as it comes.
-    ``noise``: ``bradley_terry`` lets the better one of a pair win with probability sigmoid((r_a - r_b) / temperature).
+    ``noise``: ``bradley_terry`` lets the worse one of a pair win now and then (see there), none never.
     ``guidance``: the scale of classifier-free guidance that they are made with.
     """
 
@@ -70,7 +70,7 @@ class Groups:
     size: int = 8
     choose: str = "extremes"
     noise: str = "none"
-    temperature: float = 1.0
+    temperature: float = 0.4
     guidance: float = 1.0
 
     def __post_init__(self):
@@ -105,7 +105,7 @@ def make_pairs(
         first = mine[index]
         draws = Draws(seed ^ 0xBA15, 0, first, min(step, groups.count - first), groups.count, ranks.device)
         x, scores, labels = _group(base, reward, data, groups, draws)
-        made.append(_paired(x, scores, labels, groups, draws))
+        made.append(_paired(x, scores, labels, groups))
         say(reward=float(scores.mean()))
     columns = zip(*(pairs[:4] for pairs in made), strict=True) if made else [()] * 4
     gathered = [gather_rows(torch.cat(parts) if parts else None, ranks) for parts in columns]
@@ -115,7 +115,8 @@ def make_pairs(
         raise ValueError(
             f"the reward is the same for all samples of every group of {size}: there is nothing to prefer"
         )
-    return pairs.rows(differ.nonzero()[:, 0])
+    pairs = pairs.rows(differ.nonzero()[:, 0])
+    return pairs if groups.noise == "none" else bradley_terry(pairs, groups.temperature, seed)
 
 
 def _group(
@@ -140,31 +141,40 @@ def _group(
     return x.reshape(count, size, *data.shape), scores.reshape(count, size), labels
 
 
-def _paired(
-    x: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, groups: Groups, draws: Draws
-) -> Pairs:
-    """The pairs of n groups."""
+def _paired(x: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, groups: Groups) -> Pairs:
+    """The pairs of n groups, the better one first."""
     rows = torch.arange(len(x), device=x.device)[:, None]
     if groups.choose == "extremes":
         a, b = scores.argmax(1, keepdim=True), scores.argmin(1, keepdim=True)
     else:
         beside = torch.arange(groups.size // 2 * 2, device=x.device).reshape(-1, 2)
         a, b = (places.expand(len(x), -1) for places in beside.unbind(1))
-    gap = scores[rows, a] - scores[rows, b]
-    if groups.noise == "none":
-        wins = gap >= 0
-    else:
-        wins = (
-            draws.uniforms("user", gap.shape[1]).to(gap.device)
-            < (gap.double() / groups.temperature).sigmoid()
-        )
+    wins = scores[rows, a] >= scores[rows, b]
     winner, loser = torch.where(wins, a, b), torch.where(wins, b, a)
     both = torch.stack([scores[rows, winner], scores[rows, loser]], -1).flatten(0, 1)
     return Pairs(
         x[rows, winner].flatten(0, 1),
         x[rows, loser].flatten(0, 1),
         both,
-        labels.repeat_interleave(gap.shape[1]),
+        labels.repeat_interleave(a.shape[1]),
+    )
+
+
+def bradley_terry(pairs: Pairs, temperature: float, seed: int) -> Pairs:
+    """Pairs of which the better one wins with probability sigmoid(gap / (temperature x root of the mean gap squared)).
+
+    What DPO makes of them has an end, the base's density times exp(r / beta'): of pairs that the reward is never wrong
+    about there is none, and any model can be told apart from the base a little further.
+    """
+    gap = (pairs.scores[:, 0] - pairs.scores[:, 1]).double()  # type: ignore[index]
+    scale = temperature * gap.square().mean().sqrt()
+    drawn = Draws(seed ^ 0xBA15, 1, 0, len(gap), len(gap)).uniform("user")
+    keep = drawn < (gap / scale).sigmoid()
+    wins = keep.reshape(-1, *[1] * (pairs.winner.ndim - 1))
+    return pairs._replace(
+        winner=torch.where(wins, pairs.winner, pairs.loser),
+        loser=torch.where(wins, pairs.loser, pairs.winner),
+        scores=torch.where(keep[:, None], pairs.scores, pairs.scores.flip(1)),  # type: ignore[union-attr]
     )
 
 

@@ -99,14 +99,16 @@ def test_a_group_in_pairs_as_it_comes(points):
 
 def test_labels_by_bradley_terry_are_as_often_wrong_as_they_should_be(points):
     base, data = points
-    groups = Groups(count=1500, size=2, choose="random", noise="bradley_terry", temperature=1.5)
+    groups = Groups(count=1500, size=2, choose="random", noise="bradley_terry", temperature=0.7)
     scores = make_pairs(base, right, data, groups).scores.double()
-    gap = scores[:, 1] - scores[:, 0]
-    right_way = (gap < 0).double()  # the better one has won
-    expected = (gap.abs() / 1.5).sigmoid()
+    gap = scores[:, 0] - scores[:, 1]
+    right_way = (gap > 0).double()  # the better one has won
+    expected = (gap.abs() / (0.7 * gap.square().mean().sqrt())).sigmoid()
     spread = math.sqrt(float((expected * (1 - expected)).mean()) / len(gap))
     assert abs(float((right_way - expected).mean())) < 4 * spread
     assert 0.55 < float(right_way.mean()) < 0.9  # and neither always nor by chance
+    certain = make_pairs(base, right, data, Groups(count=1500, size=2, choose="random"))
+    assert (certain.scores[:, 0] > certain.scores[:, 1]).all()
 
 
 def test_pairs_that_are_equal_are_left_out_and_a_constant_reward_is_refused(points):
