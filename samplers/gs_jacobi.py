@@ -9,9 +9,10 @@ its keys and values stay in the cache. One token a module is the sequential inve
 
 How far off a sweep is, it says itself: |F(X) - X|. Here tokens freeze from the left as they settle (``stop="prefix"``):
 a sweep computes only those after the first that the last one moved by more than ``tolerance``; and a module that has
-not settled after J sweeps is ended token by token, so that the answer is that of ``flow.inverse`` whatever the flow.
-The released code stops by a norm over the batch, goes on with what J sweeps gave, and clamps every iterate to [-3, 3],
-also the last: ``stop="norm", unfinished="keep"`` is that, without cutting off what lies outside.
+not settled after J sweeps is ended token by token, so that the answer is that of ``flow.inverse`` whatever the flow,
+and in no more calls. The released code stops by a norm over the batch, goes on with what J sweeps gave, and clamps
+every iterate to [-3, 3], also the last: ``stop="norm", unfinished="keep"`` is that, without cutting off what lies
+outside.
 
     >>> from ..models.tarflow import TarFlow, TarFlowConfig
     >>> flow = TarFlow(TarFlowConfig(hidden_size=16, blocks=2, depth=1, num_heads=2))
@@ -93,12 +94,12 @@ def gs_jacobi(
             module, all or nothing, as released.
         unfinished: of a module that has not settled after J sweeps: ``finish`` ends it token by token, ``keep`` takes
             it as it is (with a warning, if ``tolerance`` says what for), ``raise`` is an error.
-        look: sweeps between looks at the change. A look waits for the device (one number is read), so on a GPU with
-            small calls 2 or 3 may be faster; without a tolerance there is none until the end.
+        look: sweeps between looks at the change. A look waits for the device (a number a token is read), so that on a
+            GPU with small calls 2 or 3 may be faster; without a tolerance there is none until the end.
         guidance, anneal: as in ``flow.inverse``.
 
-    A sweep may overflow where the answer does not: what lies beyond 100 or is no number is brought back, but only in
-    tokens that are computed again; one that is frozen is as F gave it.
+    A sweep may overflow where the answer does not: one that moves a token by more than 100, or to no number, is brought
+    back to +-100, but only in tokens that are computed again; one that is frozen is as F gave it.
     """
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be above 0, or None, got {tolerance}")
@@ -122,6 +123,7 @@ def gs_jacobi(
         rows.insert(0, solver)
     # the only wait for the device, if nobody looked
     *residuals, size = torch.stack([*(row.residual for row in rows), x.abs().amax()]).tolist()
+    residuals = [max(r, row.frozen) for r, row in zip(residuals, rows)]
     bad = [i for i, r in enumerate(residuals) if not math.isfinite(r)]
     if bad or not math.isfinite(size):
         where = f"block {bad[-1]} of {len(rows)}" if bad else "the image"
@@ -148,7 +150,8 @@ class _Solver:
         self.step, self.block, self.z, self.cache = step, block, z, step.cache(block)
         self.x = z.clone() if guess == "z" else torch.cat([z[:, :1], torch.zeros_like(z[:, 1:])], dim=1)
         self.calls, self.positions, self.settled = 0, 0, True
-        self.residual = z.new_zeros(())
+        self.residual = z.new_zeros(())  # of what is left
+        self.frozen = 0.0  # of what was frozen before it was exact
 
     def update(self, first: int, end: int) -> torch.Tensor:
         """F(X) at tokens first + 1 .. end; tokens first .. end - 1 leave their keys and values."""
@@ -171,16 +174,17 @@ class _Solver:
         change = self.residual.reshape(1, 1, 1)
         while first < end and sweep < most:
             new, old = self.update(first, end), self.x[:, first + 1 : end + 1]
-            sweep, still = sweep + 1, 0
+            sweep, still, far = sweep + 1, 0, True
             if end - first > 1:
                 change = (new - old).abs_()
                 if tolerance is not None and sweep % look == 0:
-                    still = settled_tokens(change, tolerance, stop)
-                # the next token depends on such alone as are known now: it is exact, and stays as F gave it
-                new[:, still + 1 :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
+                    moved, still = looked(change, tolerance, stop)
+                    self.frozen = max(self.frozen, *moved[:still], 0.0)
+                    far = not all(by <= BOUND for by in moved)
+                if far:
+                    # the next token depends on such alone as are known now: it is exact, and stays as F gave it
+                    new[:, still + 1 :].nan_to_num_(0.0, BOUND, -BOUND).clamp_(-BOUND, BOUND)
             self.x[:, first + 1 : end + 1] = new
-            if still:
-                self.residual = torch.maximum(self.residual, change[:, :still].amax())
             first, change = first + 1 + still, change[:, 1 + still :]
         if first >= end:
             return
@@ -191,13 +195,14 @@ class _Solver:
             self.x[:, t + 1 : t + 2] = self.update(t, t + 1)
 
 
-def settled_tokens(change: torch.Tensor, tolerance: float, stop: str) -> int:
-    """How many of the tokens of |F(X) - X| (B, n, C), counted from the left, are within the tolerance. Waits."""
+def looked(change: torch.Tensor, tolerance: float, stop: str) -> tuple[list[float], int]:
+    """The largest of |F(X) - X| (B, n, C) of each token, and how many from the left have settled. Waits."""
+    moved = change.amax((0, 2)).tolist()
     if stop == "norm":
         batch, count, size = change.shape
-        return count if float(change.square().sum().sqrt()) <= tolerance * batch * size else 0
+        return moved, count if float(torch.linalg.vector_norm(change)) <= tolerance * batch * size else 0
     # what is no number compares false, and so has not settled
-    return int((change.amax((0, 2)) <= tolerance).long().cumprod(0).sum())
+    return moved, next((t for t, by in enumerate(moved) if not by <= tolerance), len(moved))
 
 
 def checked(flow: TarFlow, plan: Plan) -> tuple[list[int], list[int | None], list[str]]:
