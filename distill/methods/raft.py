@@ -103,9 +103,10 @@ class RAFT:
             weights = (~flat_groups(rewards, group, self.least_spread)).to(x0.dtype)
         cond = per_sample(given.cond, index, batch.draws.count)
         more = round(self.base / (1 - self.base) * len(x0))
-        if self.base and not more:
+        if self.base and not 1 <= more <= batch.draws.count:
             raise ValueError(
-                f"method.base = {self.base} of {len(x0)} kept samples is not one: raise train.batch"
+                f"method.base = {self.base} beside {len(x0)} kept samples is {more} of the base, which must be 1 to "
+                f"{batch.draws.count}: change it, or train.batch"
             )
         if more:
             x0, cond, weights, extra = self._with_base(players, given, table, more, (x0, index, weights))

@@ -16,11 +16,11 @@ from fewstep.distill.methods.awm import AWM
 from fewstep.distill.methods.grpo import GRPO
 from fewstep.distill.methods.raft import RAFT, chosen
 from fewstep.distill.players import Batch, Players
-from fewstep.distill.rollouts import Rollout, grouped, spread_of
+from fewstep.distill.rollouts import Rollout, grouped, seed_of, spread_of
 from fewstep.distill.schema import read
 from fewstep.distill.student import Student, many_steps
 from fewstep.models import Denoiser, GaussianMixture, paths
-from fewstep.samplers import ddim, grids
+from fewstep.samplers import ddim, grids, sample
 
 DIM = 2
 DIRECTION = torch.tensor([0.6, 0.8], dtype=torch.float64)
@@ -133,6 +133,9 @@ def test_the_first_update_of_a_policy_gradient_has_ratio_one_to_the_bit_and_late
     method = GRPO(reward="ink", group=8, updates=2, beta=0.0, rollout=ANCESTRAL)
     batch, _ = ready(method, players, batch_of(32))
     made = batch.collected
+    table = ANCESTRAL.table(players.student)
+    plain = sample(players.student.d, made.points[0] / 80, table, seed=seed_of(batch), ids=batch.draws.ids)
+    torch.testing.assert_close(made.points[-1], plain)  # the rollouts are the sampler's own samples
     for k, step in enumerate(made.steps):
         x, after = made.points[step.row], made.points[step.row + 1]
         again = method._log_prob(step, after, x, players.student.d(x, step.t))
@@ -186,6 +189,26 @@ def test_presets_are_what_was_released():
         assert step.std**2 == pytest.approx(variance * dt)
         gaps.append((apart / (2 * variance)).mean())
     torch.testing.assert_close(numbers["kl"], torch.stack(gaps).mean())
+
+
+def test_a_judge_of_pairs_takes_the_place_of_a_reward(monkeypatch):
+    import sys
+    import types
+
+    module = types.ModuleType("judges.mine")
+    module.left_wins = lambda a, b: (a[:, 0] < b[:, 0]).float()
+    monkeypatch.setitem(sys.modules, "judges", types.ModuleType("judges"))
+    monkeypatch.setitem(sys.modules, "judges.mine", module)
+    method = GRPO(judge="judges.mine:left_wins", advantage="wins", group=4, rollout=ANCESTRAL)
+    batch, numbers = ready(method, gaussian_players()._replace(reward=None), batch_of(16))
+    place = batch.collected.points[-1][:, 0].reshape(4, 4)
+    wins = (place[:, :, None] < place[:, None, :]).double().sum(2) / 3
+    torch.testing.assert_close(batch.collected.rewards.reshape(4, 4), wins.float())
+    assert (batch.collected.advantages.reshape(4, 4).argmax(1) == place.argmin(1)).all()
+    with pytest.raises(ValueError, match="judge must be package.module:function"):
+        GRPO(judge="left", advantage="wins", group=4, rollout=ANCESTRAL).collect(
+            gaussian_players(), batch_of(8)
+        )
 
 
 # --- RAFT -------------------------------------------------------------------------------------------------------------
@@ -263,8 +286,10 @@ def test_the_base_s_samples_are_a_share_and_come_from_the_base():
     made = RAFT(reward="ink", group=4, base=0.5).collect(players, batch_of(400))
     assert len(made.x0) == 200 and masses(made.x0[:100])[2] > 2 * masses(made.x0[100:])[2]
     assert abs(masses(made.x0[100:])[0] - 0.5) < 4 * math.sqrt(0.25 / 100)
-    with pytest.raises(ValueError, match="is not one"):
+    with pytest.raises(ValueError, match="is 0 of the base"):
         RAFT(reward="ink", group=4, base=0.1).collect(players, batch_of(4))
+    with pytest.raises(ValueError, match="is 24 of the base"):
+        RAFT(reward="ink", group=4, base=0.75, keep="rwr").collect(players, batch_of(8))
 
 
 # --- groups, parts, options -------------------------------------------------------------------------------------------

@@ -88,6 +88,13 @@ def test_a_reward_that_is_constant_makes_no_update_and_this_is_said(method, tmp_
     assert "loss" in trainer.turn() and not torch.equal(weights_of(trainer), before)
 
 
+def test_a_reward_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="did you mean ink"):
+        trainer_of("awm", "reward=inc")
+    with pytest.raises(ValueError, match="method.reward must be given"):
+        trainer_of("grpo", "method.reward=null").turn()
+
+
 def test_flat_rewards_are_complained_of():
     from fewstep.distill.diagnostics import Watch
 
