@@ -184,23 +184,23 @@ class Autoregressive(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        label: torch.Tensor | int | None = None,
+        label: torch.Tensor | None = None,
         seed: int = 0,
         ids: torch.Tensor | None = None,
         row: int = 0,
     ) -> torch.Tensor:
-        """Samples (B, *shape) by n calls; ``label`` (B,), or how many without one. ``ids``: which samples of the seed.
+        """Samples (B, *shape) by n calls, of classes ``label`` (B,) or of none.
 
-        ``row``: other draws of the same seed and ids, for training that counts its steps.
+        ``ids`` (B,): which samples of the seed, 0 .. B - 1 by default; ``row``: other draws of the same seed and ids.
         """
-        batch = label if isinstance(label, int) else len(label) if ids is None else len(ids)
-        labels = label if isinstance(label, torch.Tensor) else None
+        if label is None and ids is None:
+            raise ValueError("label or ids must be given: they say how many samples to make")
         device = self.body.positions.device
-        ids = torch.arange(batch, device=device) if ids is None else ids
+        ids = torch.arange(len(label), device=device) if ids is None else ids
         key = torch.full((1,), seed, dtype=torch.int64, device=device)
-        kept, vector, tokens = self.body.empty(batch), None, []
+        kept, vector, tokens = self.body.empty(len(ids)), None, []
         for at in range(self.book.places):
-            logits = self.head(self.body.step(vector, labels, at, kept))
+            logits = self.head(self.body.step(vector, label, at, kept))
             token, _ = gumbel_draw(logits, key, ids, row * self.book.places + at)
             tokens.append(token)
             vector = self.book.codes[token]

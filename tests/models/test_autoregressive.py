@@ -51,7 +51,7 @@ def test_a_sample_is_the_same_in_any_batch_and_another_of_another_seed_or_row():
         assert torch.equal(net.sample(label[part], 1, part), whole[part])
     assert not torch.equal(net.sample(label, seed=2), whole)
     assert not torch.equal(net.sample(label, seed=1, row=1), whole)
-    assert net.sample(3).shape == (3, 1, 6, 4)
+    assert net.sample(ids=torch.arange(3)).shape == (3, 1, 6, 4)
 
 
 def test_samples_have_the_law_of_the_logits():
@@ -62,7 +62,7 @@ def test_samples_have_the_law_of_the_logits():
         logs = net(pairs).log_softmax(-1)
         joint = (logs[:, 0].gather(1, pairs[:, :1]) + logs[:, 1].gather(1, pairs[:, 1:]))[:, 0].exp()
     assert abs(float(joint.sum()) - 1) < 1e-5
-    tokens = net.book.tokens(net.sample(n, seed=3))
+    tokens = net.book.tokens(net.sample(seed=3, ids=torch.arange(n)))
     found = torch.bincount(tokens[:, 0] * 5 + tokens[:, 1], minlength=25) / n
     distance = 0.5 * float((found - joint).abs().sum())
     # E|found - p| <= sqrt(p (1 - p) / n) a cell; changing one draw moves the distance by 1 / n, so by McDiarmid it
@@ -124,6 +124,7 @@ def test_a_token_flow_takes_over_a_backbone_and_sees_its_own_place_noised_but_no
             "label must have shape",
         ),
         (lambda: tiny().logits(torch.zeros(1, 5, 4)), "x must be"),
+        (lambda: tiny().sample(), "label or ids must be given"),
         (
             lambda: TokenFlow(tiny().config)(
                 torch.zeros(2, 6, 4), torch.ones(2), prefix=torch.zeros(1, 6, 4)
