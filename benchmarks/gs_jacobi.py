@@ -89,6 +89,17 @@ def exact(dtype: str, known: Known) -> dict:
     return found
 
 
+def rounding(known: Known) -> dict:
+    """Largest errors of 256 digits in float32: of both to float64, and to each other."""
+    flow, fine = load_flow(), load_flow().double()
+    z, label = start(256, flow)
+    truth, one, other = fine.inverse(z.double(), label), flow.inverse(z, label), gs_jacobi(flow, z, label)[0]
+    return {
+        "sequential": float((one - truth).abs().max()), "gs_jacobi": float((other - truth).abs().max()),
+        "between": float((one - other).abs().max()),
+    }  # fmt: skip
+
+
 def trace(block: int, known: Known) -> list[float]:
     """The image's largest error if this block alone is left after k sweeps."""
     flow = load_flow()
@@ -187,6 +198,7 @@ def floor(known: Known) -> dict:
 def jobs():
     for dtype in ("float32", "float64"):
         yield f"exact|{dtype}", partial(exact, dtype)
+    yield "rounding", rounding
     yield "metrics", measured
     for batch in BATCHES:
         yield f"time|{batch}", partial(timed, batch)
@@ -215,6 +227,11 @@ def tables(known: Known) -> str:
                     f"| {name} | {row['calls']} | {by} | {row['work']:.1f} | {row['error']:.1e} | {row['back']:.1e} |"
                 )
             lines.append("")
+    if cell := known.get("rounding"):
+        lines += [
+            f"256 digits in float32: the sequential inverse is {cell['sequential']:.1e} off its own in float64, GS-"
+            f"Jacobi {cell['gs_jacobi']:.1e}, and they differ by {cell['between']:.1e}.", "",
+        ]  # fmt: skip
     if cell := known.get("metrics"):
         lines += ["| block, from the image | 0 | 1 | 2 |", "|---|--:|--:|--:|"]
         for key, said in (

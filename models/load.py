@@ -34,6 +34,7 @@ from .unet import UNet
 
 EMBEDDED = ("digits-edm", "digits-vp", "digits-flow")
 SHIPPED = (*EMBEDDED, "digits-ar")  # the last one's estimates are of one place after another
+READERS = {"classifier": "load_classifier", "masked": "load_masked", "tarflow": "load_flow"}
 ALIASES = {"digits": "digits-edm"}
 NETS = {"unet": UNet, "dit": DiT, "mlp": MLP, "edm": EDMUNet, "edm2": EDM2UNet, "token_flow": TokenFlow}
 
@@ -106,6 +107,9 @@ def _load(name_or_path: str | os.PathLike, attention: str) -> Denoiser:
         return _edm(path, attention)[0]
     if path.is_file():
         return _checkpoint(path, attention)
+    other = checkpoint.DATA / f"{path.name}.safetensors"
+    if name == path.name and other.is_file():
+        return _checkpoint(other, attention)  # which says what it is instead
     known = [*ALIASES, *SHIPPED]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -218,7 +222,9 @@ def _checkpoint(path: Path, attention: str) -> Denoiser:
         net.load_state_dict({k: v.float() for k, v in tensors.items()})
         return _frozen(conditional(net))
     if meta.get("kind") != "denoiser":
-        raise ValueError(f"{path} holds a {meta.get('kind')}, not a denoiser")
+        reader = READERS.get(str(meta.get("kind")))
+        told = f"; {reader} reads it" if reader else ""
+        raise ValueError(f"{path} holds a {meta.get('kind')}, not a denoiser{told}")
     d = build(meta["config"], attention)
     restore(d, tensors)
     return _frozen(d)

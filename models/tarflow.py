@@ -57,15 +57,7 @@ class TarFlowConfig:
     noise: float = 0.0
 
     def __post_init__(self):
-        for name in (
-            "sample_size",
-            "in_channels",
-            "patch_size",
-            "hidden_size",
-            "blocks",
-            "depth",
-            "num_heads",
-        ):
+        for name in "sample_size in_channels patch_size hidden_size blocks depth num_heads".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sample_size % self.patch_size or self.sample_size == self.patch_size:

@@ -71,6 +71,13 @@ class Info(NamedTuple):
     settled: tuple[bool, ...]
 
 
+class _Rules(NamedTuple):
+    tolerance: float | None
+    stop: str
+    unfinished: str
+    look: int
+
+
 @torch.no_grad()
 def gs_jacobi(
     flow: TarFlow,
@@ -112,13 +119,13 @@ def gs_jacobi(
     step = Conditioned(flow, z, label, guidance, anneal)
     if not len(z):
         raise ValueError("z must hold at least one sample, got none")
-    x, rows = flow.patches(z), []
+    rules, x, rows = _Rules(tolerance, stop, unfinished, look), flow.patches(z), []
     for i in reversed(range(len(flow.blocks))):
         block = flow.blocks[i]
         solver = _Solver(step, block, block.ordered(x), guesses[i])
         edges = [flow.tokens * g // modules[i] for g in range(modules[i] + 1)]
         for first, end in zip(edges[:-1], edges[1:]):
-            solver.module(first, min(end, flow.tokens - 1), sweeps[i], tolerance, stop, unfinished, look)
+            solver.module(first, min(end, flow.tokens - 1), sweeps[i], rules)
         x = block.ordered(solver.x)
         rows.insert(0, solver)
     # the only wait for the device, if nobody looked
@@ -159,16 +166,7 @@ class _Solver:
         self.calls, self.positions = self.calls + 1, self.positions + end - first
         return a.exp_().mul_(self.z[:, first + 1 : end + 1]).add_(m)
 
-    def module(
-        self,
-        first: int,
-        end: int,
-        sweeps: int | None,
-        tolerance: float | None,
-        stop: str,
-        unfinished: str,
-        look: int,
-    ) -> None:
+    def module(self, first: int, end: int, sweeps: int | None, rules: _Rules) -> None:
         """Tokens first + 1 .. end, where all up to ``first`` are known."""
         sweep, most = 0, end - first if sweeps is None else sweeps
         change = self.residual.reshape(1, 1, 1)
@@ -177,8 +175,8 @@ class _Solver:
             sweep, still, far = sweep + 1, 0, True
             if end - first > 1:
                 change = (new - old).abs_()
-                if tolerance is not None and sweep % look == 0:
-                    moved, still = looked(change, tolerance, stop)
+                if rules.tolerance is not None and sweep % rules.look == 0:
+                    moved, still = looked(change, rules.tolerance, rules.stop)
                     self.frozen = max(self.frozen, *moved[:still], 0.0)
                     far = not all(by <= BOUND for by in moved)
                 if far:
@@ -188,7 +186,7 @@ class _Solver:
             first, change = first + 1 + still, change[:, 1 + still :]
         if first >= end:
             return
-        if unfinished != "finish":
+        if rules.unfinished != "finish":
             self.settled, self.residual = False, torch.maximum(self.residual, change.amax())
             return
         for t in range(first, end):

@@ -1,7 +1,7 @@
 """Which blocks of a flow are tough, and what to start from: CRM and IGM (2505.12849), measured once on a few images.
 
-CRM, the convergence ranking metric, bounds how much a sweep X <- F(X) = exp(a(X)) Z + m(X) hands on of an error in X:
-dF = (X - m) da + dm, and a and m come from the last layer's halves W_a and W_m, so
+CRM, the convergence ranking metric, gauges how much a sweep X <- F(X) = exp(a(X)) Z + m(X) hands on of an error in X:
+dF = (X - m) da + dm, and a and m come from the last layer's halves W_a and W_m (what lies before it is left out):
 
     derived     |rms_b (x - m)|_2 |W_a|_2 + |W_m|_2           rms over the batch, spectral norms, a matrix (T, C)
     released    |mean_b exp(-a) x|_2 |W_a|_2 + |W_m|_2        as the authors' code has it: in its mean signs cancel

@@ -98,6 +98,8 @@ def test_files_that_are_not_ours(tmp_path):
         load(tmp_path / "text.safetensors")
     with pytest.raises(ValueError, match="classifier, not a denoiser"):
         load(checkpoint.DATA / "digits-classifier.safetensors")
+    with pytest.raises(ValueError, match="tarflow, not a denoiser; load_flow reads it"):
+        load("digits-tarflow")
     with pytest.raises(ValueError, match="model_index.json"):
         load(tmp_path)
 
