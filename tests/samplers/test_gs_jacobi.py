@@ -239,6 +239,19 @@ def test_igm_is_the_error_of_one_sweep_from_either_guess():
         assert value[0] == pytest.approx(float(torch.linalg.matrix_norm(off, 2)), rel=1e-9)
 
 
+def test_the_guess_is_zero_where_a_block_shrinks():
+    """x = exp(-3) z + ...: zero lies nearer to x than z does, and fewer sweeps are the proof."""
+    flow = opened(blocks=1)
+    flow.blocks[0].out.bias[: flow.blocks[0].out.bias.shape[0] // 2] -= 3.0
+    z, label = noise(flow, 32)
+    plan = choose(flow, flow.inverse(z, label), label)
+    assert plan.guess == ("zero",)
+    calls = [gs_jacobi(flow, z, label, Plan(guess=g), tolerance=1e-9)[1].calls for g in ("zero", "z")]
+    assert calls[0] < calls[1] <= TOKENS - 1
+    grown = opened(blocks=1)
+    assert choose(grown, grown.inverse(z, label), label).guess == ("z",)
+
+
 @pytest.mark.parametrize("n", [1, 16])
 def test_the_digits_flow_in_less_than_half_the_calls(n):
     flow = load_flow()
