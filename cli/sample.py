@@ -69,13 +69,16 @@ def main(argv: list[str]) -> int:
     pipeline = d.codec is not None
     num, batch = arguments.num or (4 if pipeline else 64), arguments.batch or (4 if pipeline else 256)
     bar = pipeline and sys.stderr.isatty()
-    plan = table.on(d, device)
+    plan, own = table.on(d, device), getattr(d.net, "sample", None)  # an autoregressive model goes by itself
     made, labels = [], []
     for first in _progress(range(0, num, batch)):
         ids = torch.arange(first, min(first + batch, num), device=device)
         mine = None if cond is None else dealt(cond, ids)
-        noise = starting_noise(arguments.seed, ids, d.shape)
-        x = draw(d, noise, plan, cond=mine, seed=arguments.seed, ids=ids, progress=bar)
+        if own is not None:
+            x = own((mine or {}).get("label"), arguments.seed, ids)
+        else:
+            noise = starting_noise(arguments.seed, ids, d.shape)
+            x = draw(d, noise, plan, cond=mine, seed=arguments.seed, ids=ids, progress=bar)
         made.append(decode(d, x).cpu())
         labels.append(mine["label"].cpu() if classes else ids.cpu())
     samples = torch.cat(made)
@@ -84,7 +87,8 @@ def main(argv: list[str]) -> int:
     else:
         columns = 10 if classes and arguments.label is None else None
         _save_images(arguments.out, samples, torch.cat(labels) if classes else None, columns)
-    print(f"{num} samples of {arguments.model} by {table.solver}, {table.calls} calls each: {arguments.out}")
+    by = f"{table.solver}, {table.calls} calls each" if own is None else "itself, one place after another"
+    print(f"{num} samples of {arguments.model} by {by}: {arguments.out}")
     return 0
 
 

@@ -54,6 +54,18 @@ def test_table_prints_the_coefficients_and_saves_them(tmp_path, capsys):
     assert Image.open(picture).size[0] > 300
 
 
+def test_an_autoregressive_model_makes_its_samples_itself_alike_in_any_batch(tmp_path, capsys):
+    made = []
+    for batch in (12, 5):
+        file = tmp_path / f"{batch}.npz"
+        words = ("sample", "digits-ar", "--num", 12, "--seed", 3, "--batch", batch, "--out", file)
+        code, out = run(*words, capsys=capsys)[:2]
+        assert code == 0 and "itself, one place after another" in out
+        made.append(np.load(file))
+    assert (made[0]["arr_0"] == made[1]["arr_0"]).all()
+    assert made[0]["arr_0"].shape == (12, 8, 8, 1) and made[0]["arr_1"].tolist() == [*range(10), 0, 1]
+
+
 def test_samples_come_as_a_picture_an_archive_or_a_folder(tmp_path, capsys):
     words = (
         "sample",
