@@ -35,6 +35,7 @@ from ..rollouts import Numbers, Rollout, check_options, grouped, judged, pair_ju
 
 SUMS = ("sum", "mean")
 KL = ("step", "released")
+KL_OF = ("all", "trained")
 
 
 class Collected(NamedTuple):
@@ -46,6 +47,7 @@ class Collected(NamedTuple):
     rewards: torch.Tensor
     turn: int
     steps: list[Transition]
+    rest: list[Transition]
     times: list[float]
     advantages: torch.Tensor | None = None
 
@@ -74,10 +76,11 @@ class GRPO:
     log_prob: str = "sum"
     beta: float = 0.01
     kl: str = "step"
+    kl_of: str = "all"
 
     def __post_init__(self):
         check_options(self)
-        for name, known in (("log_prob", SUMS), ("kl", KL)):
+        for name, known in (("log_prob", SUMS), ("kl", KL), ("kl_of", KL_OF)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"method.{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
@@ -95,7 +98,8 @@ class GRPO:
         d, table = players.student.d, self.rollout.table(players.student)
         start = batch.draws.normal("start", batch.shape)
         chain = transitions(table.on(d, start.device))
-        trained = [step for step in chain[: max(1, int(self.share * len(chain)))] if step.std > 0]
+        noisy = [step for step in chain if step.std > 0]
+        trained = [step for step in noisy if step.row < max(1, int(self.share * len(chain)))]
         if d.net is not None:
             d.net.eval()  # a policy is its network without dropout
         ids, seed = batch.draws.ids, seed_of(batch)
@@ -115,17 +119,26 @@ class GRPO:
             rewards = judged(players, x)
         else:
             rewards = judged_win_rates(pair_judge(self.judge, players.teacher.codec), x, self.group)
-        return Collected(torch.stack(points), torch.stack(old), rewards, turn, trained, table.times.tolist())
+        return Collected(
+            torch.stack(points),
+            torch.stack(old),
+            rewards,
+            turn,
+            trained,
+            noisy[len(trained) :],
+            table.times.tolist(),
+        )
 
     def settle(self, batches: list[Batch]) -> tuple[list[Batch], Numbers]:
         """Advantages, over all parts where they are global."""
         made = batches[0].collected
         each = len(self._chosen(batches[0], len(made.steps)))
-        return settled(batches, self, len(made.points) - 1, each * (3 + (self.beta > 0)))
+        update = each * (3 + (self.beta > 0)) + 4 * len(self._held(batches[0]))
+        return settled(batches, self, len(made.points) - 1, update)
 
     def student_loss(self, players: Players, batch: Batch) -> tuple[torch.Tensor, Numbers]:
         """See the module."""
-        made, path = batch.collected, players.student.d.path
+        made = batch.collected
         chosen = self._chosen(batch, len(made.steps))
         losses, gaps, away = [], [], []
         for k in chosen:
@@ -136,24 +149,32 @@ class GRPO:
             losses.append(clipped_surrogate(ratio, made.advantages, self.clip).mean())
             away.append(((ratio.detach() - 1).abs() > self.clip).float().mean())
             if self.beta:
-                with torch.no_grad():
-                    base = players.teacher(x, step.t, **batch.cond)
-                gap = step.divergence(x0, base)
-                if self.log_prob == "mean":
-                    gap = gap / x[0].numel()
-                if (
-                    self.kl == "released"
-                ):  # of the mean's distance over 2 S^2, where the step's variance is S^2 dt
-                    around = made.times[step.row : step.row + 2]
-                    at, until = (flow_level(path.alpha(t), path.sigma(t)) for t in around)
-                    gap = gap * (at - until)
-                gaps.append(gap.mean())
+                gaps.append(self._gap(players, batch, step, x0))
         loss = torch.stack(losses).mean()
         numbers = {"clipped": torch.stack(away).mean()}
         if gaps:
-            numbers["kl"] = torch.stack(gaps).detach().mean()
-            loss = loss + self.beta * torch.stack(gaps).mean()
+            gap = torch.stack(gaps).mean()
+            for step in self._held(batch):  # one stands for all that are not trained
+                x0 = players.student.d(made.points[step.row], step.t, **batch.cond)
+                gap = gap + self._gap(players, batch, step, x0) * len(made.rest) / len(made.steps)
+            numbers["kl"] = gap.detach()
+            loss = loss + self.beta * gap
         return loss, numbers
+
+    def _gap(self, players: Players, batch: Batch, step: Transition, x0: torch.Tensor) -> torch.Tensor:
+        """The mean KL of a step to the base's."""
+        made, path = batch.collected, players.student.d.path
+        x = made.points[step.row]
+        with torch.no_grad():
+            base = players.teacher(x, step.t, **batch.cond)
+        gap = step.divergence(x0, base)
+        if self.log_prob == "mean":
+            gap = gap / x[0].numel()
+        if self.kl == "released":  # of the mean's distance over 2 S^2, where the step's variance is S^2 dt
+            around = made.times[step.row : step.row + 2]
+            at, until = (flow_level(path.alpha(t), path.sigma(t)) for t in around)
+            gap = gap * (at - until)
+        return gap.mean()
 
     def _log_prob(
         self, step: Transition, after: torch.Tensor, x: torch.Tensor, x0: torch.Tensor
@@ -165,8 +186,21 @@ class GRPO:
         """The steps of this update: all, or its share of an order drawn anew for every batch of rollouts."""
         if self.each == 0 or self.each >= count:
             return list(range(count))
-        draws, made = batch.draws, batch.collected
-        everyone = torch.tensor([2**32 - 1])  # the same on every rank
-        order = noise.uniform(draws.seed, everyone, count, made.turn, stream("step"))[0].argsort().tolist()
-        first = (draws.turn - made.turn) * self.each
+        made = batch.collected
+        order = self._order(batch, count)
+        first = (batch.draws.turn - made.turn) * self.each
         return sorted(order[(first + k) % count] for k in range(self.each))
+
+    def _held(self, batch: Batch) -> list[Transition]:
+        """The step beyond ``share`` that is held to the base in this update, if any."""
+        made = batch.collected
+        if self.kl_of == "trained" or not (self.beta and made.rest):
+            return []
+        order = self._order(batch, len(made.rest))
+        return [made.rest[order[(batch.draws.turn - made.turn) % len(order)]]]
+
+    def _order(self, batch: Batch, count: int) -> list[int]:
+        """0 .. count - 1 in an order of these rollouts, the same on every rank."""
+        everyone = torch.tensor([2**32 - 1])
+        drawn = noise.uniform(batch.draws.seed, everyone, count, batch.collected.turn, stream("step"))
+        return drawn[0].argsort().tolist()

@@ -52,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "share": 0.99,
         "beta": 0.04,
         "kl": "released",
+        "kl_of": "trained",
     },
     # advantage_weighted_matching's for SD3.5-M (2509.25050); an update a batch of rollouts
     "awm": {

@@ -153,6 +153,26 @@ def test_steps_that_draw_nothing_and_those_beyond_the_share_are_not_trained():
         method = GRPO(reward="ink", group=8, rollout=ANCESTRAL, share=share)
         made = ready(method, players, batch)[0].collected
         assert [step.row for step in made.steps] == list(range(steps))
+    # the KL is of them all: of what is not trained one step an update, with the weight of the rest
+    method = GRPO(reward="ink", group=8, rollout=ANCESTRAL, share=0.5, updates=3)
+    ready_batch, numbers = ready(method, players, batch)
+    assert [step.row for step in ready_batch.collected.rest] == [4, 5, 6]
+    assert numbers["passes"] == 16 * (8 + 3 * (4 * 4 + 4))
+    with torch.no_grad():
+        players.student.d.net.mean.add_(0.1)
+    held, found = [], []
+    for again in range(3):
+        now = ready_batch._replace(draws=ready_batch.draws._replace(turn=again))
+        held += [step.row for step in method._held(now)]
+        found.append(method.student_loss(players, now)[1]["kl"])
+    assert sorted(held) == [4, 5, 6]
+    every = []
+    for step in (*ready_batch.collected.steps, *ready_batch.collected.rest):
+        x = ready_batch.collected.points[step.row]
+        every.append(step.divergence(players.student.d(x, step.t), players.teacher(x, step.t)).mean())
+    torch.testing.assert_close(torch.stack(found).mean() * 4, torch.stack(every).sum())
+    with torch.no_grad():
+        players.student.d.net.mean.zero_()
     method = GRPO(reward="ink", group=8, rollout=ANCESTRAL, each=3, updates=3)
     ready_batch, numbers = ready(method, players, batch)
     chosen_steps = []
@@ -377,6 +397,7 @@ def test_steered_proposals_want_a_stochastic_table():
         (GRPO, {"share": 0.0}, "share"),
         (GRPO, {"each": -1}, "each"),
         (GRPO, {"log_prob": "max"}, "log_prob"),
+        (GRPO, {"kl_of": "none"}, "kl_of"),
         (GRPO, {"judge": "a.b:c"}, "judge"),
         (RAFT, {"keep": "worst"}, "keep"),
         (RAFT, {"proposals": "beam"}, "proposals"),

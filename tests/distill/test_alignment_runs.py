@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -36,7 +39,7 @@ SHARED = {"reward": "ink", "group": 4, "updates": 2}
 SDE = {"sampler": "flow_sde", "steps": 5}
 METHODS = {
     "awm": {"name": "awm", **SHARED, "beta": 0.1, "beta_old": 0.1, "advantage": "global"},
-    "grpo": {"name": "grpo", **SHARED, "each": 2, "rollout": SDE},
+    "grpo": {"name": "grpo", **SHARED, "each": 2, "share": 0.7, "rollout": SDE},
     "prefgrpo": {"name": "grpo", **SHARED, "updates": 1, "advantage": "wins", "rollout": SDE},
     "raft": {"name": "raft", **SHARED},
 }
@@ -120,6 +123,39 @@ def test_a_batch_in_parts_is_the_batch(method):
         assert made[1][1][key] == pytest.approx(made[2][1][key], rel=1e-4, abs=1e-6), key
     with pytest.raises(ValueError, match="whole groups of method.group = 4, got 2 samples"):
         trainer_of(method, "train.accumulate=8").turn()
+
+
+def test_two_ranks_make_the_updates_of_one(tmp_path):
+    """Spreads, flat groups and passes are the whole batch's, whoever holds its parts; so is the choice of steps."""
+    source = {name: {**POINTS, "method": METHODS[name]} for name in ("awm", "grpo")}
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "from fewstep.distill import parallel, run\n"
+        f"for name, source in {source!r}.items():\n"
+        f"    run.run(source, ['out={tmp_path}/two-' + name, 'train.iters=2'])\n"
+        "parallel.finish()\n"
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+    ]
+    done = subprocess.run(
+        launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in source:
+        one = run(source[name], [f"out={tmp_path}/one-{name}", "train.iters=2"])
+        numbers = [
+            [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (one, tmp_path / f"two-{name}/points")
+        ]
+        for ours, theirs in zip(*numbers, strict=True):
+            for key in ("loss", "rollout_reward", "flat_groups", "passes"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), (name, key)
 
 
 def test_the_first_update_of_awm_is_the_same_whatever_the_objective():
