@@ -175,7 +175,7 @@ def test_a_file_of_anybody_s_will_do(tmp_path):
 
 def test_the_shell_makes_a_file_that_a_run_can_be_given(tmp_path, capsys):
     file = tmp_path / "ink.safetensors"
-    options = ["reward=ink", "student.steps=2", "method.groups={count: 6, size: 3}", "threads=1"]
+    options = ["reward=ink", "student.steps=2", "method.groups={count: 6, size: 3, noise: none}", "threads=1"]
     assert main(["dpo-digits", *options, "--out", str(file)]) == 0
     assert "6 pairs" in capsys.readouterr().out
     pairs = read_pairs(file, (1, 8, 8))
