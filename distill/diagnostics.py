@@ -121,8 +121,8 @@ class Watch:
         self.said: set[str] = set()
 
     def __call__(self, line: Mapping[str, Any]) -> list[str]:
-        for key in ("gan_accuracy", "ratio_clipped", "flat_groups"):  # a batch alone says little
-            if key in line:
+        for key in ("gan_accuracy", "ratio_clipped", "flat_groups", "winner_error", "winner_gain"):
+            if key in line:  # a batch alone says little
                 old = self.means.get(key, line[key])
                 self.means[key] = old + (line[key] - old) / self.memory
         wrong = _complaints({**line, **self.means}, self.iters)
@@ -168,6 +168,12 @@ def _complaints(line: Mapping[str, Any], iters: int) -> dict[str, str]:
         found["flat"] = (
             f"the reward is constant in {line['flat_groups']:.0%} of the groups (flat_groups), which teach nothing: "
             f"raise method.group, or stop, if the reward cannot rise any more"
+        )
+    theirs = line.get("winner_error", 0) + line.get("winner_gain", 0)  # the teacher's error
+    if late and "winner_gain" in line and line["winner_error"] > 1.5 * theirs:
+        found["displaced"] = (
+            f"winners are denoised worse than by the teacher, by {line['winner_error'] / theirs:.1f} times its error "
+            f"(winner_gain): losers are only worse still; raise method.beta, lower optim.lr, or try mapo"
         )
     spread = line.get("contrast", 1.0)
     if spread > 1.3:

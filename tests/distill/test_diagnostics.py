@@ -62,6 +62,7 @@ def complaints(found, **more):
 def test_words_come_where_something_is_wrong_and_only_there():
     assert complaints(numbers(1.0), gan_accuracy=0.8, ratio_clipped=0.1, contrast=0.95) == []
     assert complaints({}) == []  # a method without a critic
+    assert complaints({"winner_error": 0.4, "winner_gain": -0.1}) == complaints({"winner_error": 0.9}) == []
     for found, words in [
         (numbers(0.2), "the critic lags behind"),
         (numbers(1.0, offset=1.5), "moved by the critic's errors"),
@@ -69,6 +70,7 @@ def test_words_come_where_something_is_wrong_and_only_there():
         ({"ratio_clipped": 0.75}, "75% of the density ratios are clipped"),
         ({"contrast": 1.5}, "the samples are saturated"),
         ({"contrast": 0.3}, "spread only 0.30 times"),
+        ({"winner_error": 0.8, "winner_gain": -0.4}, "denoised worse than by the teacher, by 2.0 times"),
     ]:
         (said,) = complaints(found)
         assert words in said
