@@ -263,6 +263,7 @@ class PairedData(NamedTuple):
         pairs = self.pairs.rows(which)
         cond = self.data.cond(pairs.labels, draws.device)
         pairs = Pairs(*(None if v is None else v.to(draws.device, non_blocking=True) for v in pairs))
+        pairs = pairs._replace(winner=pairs.winner.float(), loser=pairs.loser.float())
         return Batch(draws, self.shape, cond, self.data.null(cond), pairs=pairs)
 
 

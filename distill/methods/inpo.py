@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ...samplers.chain import per_sample
 from ..levels import time_at
 from ..losses import invert
 from ..players import Batch, Players
 from .dpo import DPO
-from .preference import Noised, both, twice
+from .preference import Noised, both, cond_of_both, twice
 
 LEVELS = ("own", "one")
 
@@ -78,8 +77,7 @@ class InPO(DPO):
             drawn = draws._replace(turn=draws.turn * inversion.steps + k).normal("forward", (2, *batch.shape))
             return torch.cat(drawn.unbind(1))
 
-        count = len(share)
-        cond = per_sample(batch.cond, torch.arange(count).repeat(2), count)
+        cond = cond_of_both(batch)
         x = invert(
             d, both(batch.pairs), twice(times, 1), inversion.refine, inversion.told, inversion.eta, noise, **cond
         )  # fmt: skip

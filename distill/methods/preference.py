@@ -8,11 +8,12 @@ pair costs (``cost``). The student may be whole weights or an adapter on the tea
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ...models.denoiser import Denoiser
+from ...models.paths import Times as TimesOf
 from ...samplers.chain import per_sample
 from ..levels import Times
 from ..losses import network_error, output_weight
@@ -74,11 +75,12 @@ class Preference:
                 "preference methods learn from pairs, and the batch has none (pairs= or reward=)"
             )
         noised = self.noised(players, batch)
-        mine = self.errors(players.student.d, batch, noised)
+        weight = output_weight(players.student.d, twice(noised.t))
+        mine = self.errors(players.student.d, batch, noised, weight)
         base = mine.detach()
         if self.compares:
             with torch.no_grad():
-                base = self.errors(players.teacher, batch, noised)
+                base = self.errors(players.teacher, batch, noised, weight)
         errors = Errors(*mine.chunk(2), *base.chunk(2))
         loss, u = self.objective(errors, batch.pairs)
         numbers = {
@@ -91,12 +93,10 @@ class Preference:
             numbers["winner_gain"] = (errors.base_winner - errors.winner).mean()
         return loss, numbers
 
-    def errors(self, d: Denoiser, batch: Batch, noised: Noised) -> torch.Tensor:
-        """Errors (2 B,) of a network, winners' and then losers'."""
-        t = twice(noised.t)
-        count = len(noised.t)
-        cond = per_sample(batch.cond, torch.arange(count).repeat(2), count)
-        return network_error(d(noised.x, t, **cond), both(batch.pairs), output_weight(d, t), self.reduce)
+    def errors(self, d: Denoiser, batch: Batch, noised: Noised, weight: TimesOf) -> torch.Tensor:
+        """Errors (2 B,) of a network, winners' and then losers', in the form of the student's own output."""
+        estimate = d(noised.x, twice(noised.t), **cond_of_both(batch))
+        return network_error(estimate, both(batch.pairs), weight, self.reduce)
 
     def objective(self, errors: Errors, pairs: Pairs) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, what its sigmoid is taken of (B,))."""
@@ -106,6 +106,12 @@ class Preference:
 def both(pairs: Pairs) -> torch.Tensor:
     """Winners and then losers (2 B, ...)."""
     return torch.cat([pairs.winner, pairs.loser])
+
+
+def cond_of_both(batch: Batch) -> dict[str, Any]:
+    """The conditions of ``both``."""
+    count = batch.draws.count
+    return per_sample(batch.cond, torch.arange(count, device=batch.draws.device).repeat(2), count)
 
 
 def twice(value: torch.Tensor, axis: int = 0) -> torch.Tensor:

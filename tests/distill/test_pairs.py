@@ -141,6 +141,13 @@ def test_both_of_a_pair_have_one_class_and_the_batch_says_which(digits):
     assert torch.equal(batch.pairs.loser, pairs.loser[where]) and batch.real is None
 
 
+def test_halves_on_disk_are_float32_in_a_batch(digits):
+    data, pairs = open_data(DataRecipe("unconditional"), digits.d), some(4, (1, 8, 8))
+    half = pairs._replace(winner=pairs.winner.half(), loser=pairs.loser.bfloat16())
+    batch = paired(data, half).batch(Draws(0, 1, 0, 8, 8))
+    assert batch.pairs.winner.dtype == batch.pairs.loser.dtype == torch.float32
+
+
 def test_the_unconditional_model_takes_pairs_of_any_class(digits):
     data = open_data(DataRecipe("unconditional"), digits.d)
     found = paired(data, some(4, (1, 8, 8), labels=torch.arange(4)))
