@@ -6,13 +6,12 @@ loss      = max(-A rho, -A clip(rho)) + beta |v_theta - v_base|^2,            rh
 
 where the old policy is the one that made the rollouts, at the same t and eps. On policy rho = 1, and the gradient is
 A grad |v_theta - (eps - x0)|^2, the matching loss weighed by A. In its place DDPO and Flow-GRPO have noisy targets,
-the steps of the rollout instead of its end; here no step of a sampler needs a density. v is a flow's: in estimates of
-x0, with t = sigma / (alpha + sigma) for the noise level, the loss is the same on every path
-(``losses.matching_loss``).
+the steps of the rollout instead of its end; here no step of a sampler needs a density. v is a flow's: in estimates
+of x0, with t = sigma / (alpha + sigma) for the noise level, the loss is the same on every path (``matching_loss``).
 
 The paper's loss has ``weight: uniform, power: 1``; its released configurations ``weight: t, power: 0.25`` and
-advantages clipped at 5 and divided by 5. They also hold the policy to an average of itself whose decay is min(0.3, n
-/ 1000) after n iterations, more or less the policy of the rollouts: ``beta_old`` holds it to that very policy.
+advantages clipped at 5 and divided by 5. They also hold the policy to an average of itself, whose decay after n
+iterations is min(0.3, n / 1000): more or less the policy of the rollouts. ``beta_old`` holds it to that very policy.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ KL = ("uniform", "elbo")
 
 
 class Collected(NamedTuple):
-    """Samples and rewards; the old policy's estimates at the second update's levels, the third's, and so on; the
-    number
-    of the first update, and the calls of a rollout."""
+    """Samples, rewards, and the old policy's estimates at the second update's levels, the third's, and so on; ``turn``:
+    the number of the first update; ``calls``: of a rollout."""
 
     x0: torch.Tensor
     rewards: torch.Tensor
@@ -61,10 +59,9 @@ class Noised(NamedTuple):
 class AWM:
     """``reward``: by name; ``group``, ``advantage`` (group, global, none, wins, ranks): of samples of one condition.
 
-    ``updates`` on each batch of rollouts, each with ``repeats`` noise levels a sample; ``objective``: on_policy (rho
-    = 1 whatever the update) or clipped at ``clip``. ``weight``, ``power``: as in ``matching_loss``. ``beta``: of the
-    distance to the base, ``beta_old``: to the policy of the rollouts; ``kl``: uniform in t, or elbo, over 2 S^2 of
-    ``flow_sde``.
+    ``updates`` on each batch of rollouts, each with ``repeats`` noise levels a sample; ``objective``: on_policy (rho is
+    1 whatever the update) or clipped at ``clip``. ``weight``, ``power``: as in ``matching_loss``. ``beta``: of the
+    distance to the base, ``beta_old``: to the policy of the rollouts; ``kl``: uniform in t, or elbo (over 2 S^2).
     """
 
     reward: str | None = None
@@ -136,12 +133,12 @@ class AWM:
         made = batch.collected
         again = batch.draws.turn - made.turn
         seen = self.noised(players, batch, made.x0)
-        levels = seen.alpha, seen.sigma
+        scalars = seen.alpha, seen.sigma
         estimate = players.student.d(seen.x_t, seen.t, **seen.cond)
-        now = matching_loss(estimate, seen.x0, *levels, self.weight, self.power)
+        now = matching_loss(estimate, seen.x0, *scalars, self.weight, self.power)
         old = now.detach()
         if again and self.objective == "clipped":
-            old = matching_loss(made.old[again - 1], seen.x0, *levels, self.weight, self.power)
+            old = matching_loss(made.old[again - 1], seen.x0, *scalars, self.weight, self.power)
         ratio = (old - now).exp()
         advantages = made.advantages.repeat_interleave(self.repeats)
         loss = clipped_surrogate(ratio, advantages, self.clip).mean()

@@ -59,7 +59,8 @@ class GRPO:
     ``group``, ``advantage`` (group, global, none, wins, ranks): of samples of one condition. ``updates`` on each
     batch of rollouts, clipped at ``clip``. ``share``: of the steps, from the first on, that are trained; ``each``: so
     many of them in an update, every update others (0: all). ``beta``: of the KL to the base, ``kl``: of the step, or
-    as released.
+    as released; ``kl_of``: all steps that draw noise (of those beyond ``share`` one an update, with the weight of
+    all), or the trained ones alone: what nobody holds drifts.
     """
 
     reward: str | None = None
@@ -100,6 +101,10 @@ class GRPO:
         chain = transitions(table.on(d, start.device))
         noisy = [step for step in chain if step.std > 0]
         trained = [step for step in noisy if step.row < max(1, int(self.share * len(chain)))]
+        if not trained:
+            raise ValueError(
+                f"method.share = {self.share} leaves no step that draws noise, of {len(chain)}: raise it"
+            )
         if d.net is not None:
             d.net.eval()  # a policy is its network without dropout
         ids, seed = batch.draws.ids, seed_of(batch)
