@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from fewstep.distill.levels import Times, time_at
 from fewstep.distill.losses.policy import (
     clipped_surrogate,
     flat_groups,
@@ -133,6 +136,15 @@ def test_the_matching_loss_is_the_flow_s_on_every_path(path):
         matching_loss(estimate, x0, alpha, sigma, "t", 0.25), robust, rtol=0, atol=0.02
     )
     torch.testing.assert_close(velocity_gap(estimate, estimate, alpha, sigma), torch.zeros_like(wanted))
+
+
+@pytest.mark.parametrize("path", [paths.vp_linear(), paths.edm(), paths.flow()], ids=lambda p: p.name)
+def test_logistic_levels_are_a_flow_s_uniform_ones_shifted_on_every_path(path):
+    share = torch.linspace(0.02, 0.9, 9, dtype=torch.float64)
+    for shift in (1.0, 3.0):
+        t = time_at(Times("logistic", mean=math.log(shift)), path, share)
+        found = flow_level(path.alpha(t), path.sigma(t))
+        torch.testing.assert_close(found, shift * share / (1 + (shift - 1) * share), rtol=1e-9, atol=0)
 
 
 def test_the_robust_loss_bounds_the_push_of_what_is_far_off():
