@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ...models.paths import coefficient
@@ -141,10 +142,10 @@ class RAFT:
             d, noise, table, reward=players.reward, budget=group * table.calls, cond=cond, seed=seed, ids=ids,
             reward_space="latent",
         )  # fmt: skip
-        # how far the leaves' rewards spread is all that is asked of them
-        ends = [r for tree in trees for r in (min(tree.rewards), max(tree.rewards))]
-        spread = torch.tensor(ends, device=noise.device).reshape(-1, 2).float()
-        rewards = torch.cat([spread, spread[:, 1:].expand(-1, group - 2)], 1).flatten()
+        # trees have leaves of different numbers: their rewards' quantiles stand for them
+        shares = np.linspace(0.0, 1.0, group)
+        found = np.concatenate([np.quantile(tree.rewards, shares) for tree in trees])
+        rewards = torch.as_tensor(found, dtype=torch.float32, device=noise.device)
         return rewards, x0, sum(tree.calls for tree in trees) / draws.count
 
     def _with_base(self, players: Players, batch: Batch, table: Any, more: int, kept: tuple):
