@@ -491,6 +491,11 @@ def posterior_page(figure: Figure) -> None:
     scatter(figure, {"exact": exact.sample(800), "ensemble_posterior": weighted, "dps": guided})
 
 
+def gs_jacobi_page(figure: Figure) -> None:
+    """The figure stands with its benchmark."""
+    runpy.run_path(str(HERE / "gs_jacobi.py"))["page"](figure)
+
+
 def masked_page(figure: Figure) -> None:
     """The figure stands with its benchmark."""
     runpy.run_path(str(HERE / "masked.py"))["page"](figure)
@@ -615,7 +620,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
     "preferences": preferences_page, "alignment": alignment_page,
     "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
-    "masked": masked_page,
+    "masked": masked_page, "gs-jacobi": gs_jacobi_page,
 }  # fmt: skip
 WIDE = (
     "deis",
@@ -630,6 +635,7 @@ WIDE = (
     "preferences",
     "alignment",
     "masked",
+    "gs-jacobi",
 )
 
 
