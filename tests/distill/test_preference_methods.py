@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -142,6 +145,36 @@ def test_a_run_that_was_broken_off_is_the_unbroken_one(name, ink, tmp_path):
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     assert {"reward", "reward_error", "teacher_reward", "implicit_accuracy", "margin"} <= set(lines[-1])
     assert lines[-1]["main"] == -lines[-1]["reward"]
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_pairs_and_the_losses_of_one(tmp_path):
+    options = [*QUICK, "train.iters=3", "device=cpu", "method.groups={count: 9, size: 64}"]
+    names = ["inpo-digits", "dpo-digits"]
+    script = tmp_path / "both.py"
+    script.write_text(
+        "from fewstep.distill import parallel, run\n"
+        f"for name in {names!r}:\n"
+        f"    run.run(name, ['out={tmp_path}/two', *{options!r}])\n"
+        "parallel.finish()\n"
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        str(script),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in names:
+        one, two = run(name, [*options, f"out={tmp_path}/one"]), tmp_path / "two" / name
+        made, theirs = (load_file(folder / "pairs.safetensors") for folder in (one, two))
+        assert all(torch.equal(made[key], theirs[key]) for key in made)
+        for a, b in zip(*(map(json.loads, (f / "metrics.jsonl").open()) for f in (one, two)), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-3) and a["passes"] == b["passes"]
 
 
 def test_ink_rises_with_pairs_and_does_not_where_each_is_there_both_ways(ink):
