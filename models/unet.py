@@ -276,7 +276,7 @@ class DownStage(Stage):
 
 
 class UpStage(Stage):
-    """Every residual block first takes back the newest feature map of the way down."""
+    """Every residual block first takes back a feature map of the way down, the newest first."""
 
     def __init__(self, *args, double: bool, **kwargs):
         super().__init__(*args, **kwargs)
@@ -284,8 +284,9 @@ class UpStage(Stage):
         self.upsamplers = nn.ModuleList([Resample(width, "up")] if double else [])
 
     def forward(self, x: torch.Tensor, kept: list[torch.Tensor], emb: torch.Tensor) -> torch.Tensor:
-        for resnet, attend in zip(self.resnets, self.attentions, strict=True):
-            x = attend(resnet(torch.cat([x, kept.pop()], dim=1), emb))
+        # nothing is taken out of the list: sharded modules are handed a copy of it
+        for resnet, attend, old in zip(self.resnets, self.attentions, reversed(kept), strict=True):
+            x = attend(resnet(torch.cat([x, old], dim=1), emb))
         for upsample in self.upsamplers:
             x = upsample(x)
         return x
@@ -399,7 +400,8 @@ class UNet(nn.Module):
             kept += made
         h = self.mid_block(h, emb)
         for up in self.up_blocks:
-            h = up(h, kept, emb)
+            first = len(kept) - len(up.resnets)
+            h, kept = up(h, kept[first:], emb), kept[:first]
         return self.conv_out(functional.silu(self.conv_norm_out(h)))
 
     def to_diffusers(self):

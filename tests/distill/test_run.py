@@ -142,16 +142,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(tmp_path, mo
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on a CPU came with torch 2.7")
 def test_two_ranks_make_the_losses_of_one(tmp_path):
-    # f-distill's weights are relative to the whole batch, whoever holds its parts
+    small = [
+        "train.batch=8",
+        "train.critic_steps=1",
+        "report.exam=16",
+        "report.teacher_calls=2",
+        "threads=1",
+        "name=tiny",
+    ]
     kinds = {
-        "replicate": ["shard=replicate", "train.iters=3", *METHODS["fdistill"]],
-        "fsdp": ["shard=fsdp", "train.iters=3"],
+        # f-distill's weights are relative to the whole batch, whoever holds its parts
+        "replicate": [TINY, "shard=replicate", "train.iters=3", *METHODS["fdistill"]],
+        "fsdp": [TINY, "shard=fsdp", "train.iters=3"],
+        # a U-Net of several stages up, which take turns at what the way down has left
+        "unet": ["dmd2-digits", "shard=fsdp", "train.iters=1", *small],
     }
     script = tmp_path / "both.py"  # one launch: starting three interpreters takes longer than the runs
     script.write_text(
         "from fewstep.distill import parallel, run\n"
-        f"for kind, options in {kinds!r}.items():\n"
-        f"    run.run({TINY!r}, ['out={tmp_path}/two-' + kind, *options])\n"
+        f"for kind, (recipe, *options) in {kinds!r}.items():\n"
+        f"    run.run(recipe, ['out={tmp_path}/two-' + kind, *options])\n"
         "parallel.finish()\n"
     )
     launch = [
@@ -163,10 +173,10 @@ def test_two_ranks_make_the_losses_of_one(tmp_path):
         str(script),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    for kind, options in kinds.items():
-        same_run(tiny(tmp_path / kind, *options), tmp_path / f"two-{kind}/tiny")
+    for kind, (recipe, *options) in kinds.items():
+        same_run(run(recipe, [f"out={tmp_path / kind}", *options]), tmp_path / f"two-{kind}/tiny")
 
 
 def test_another_config_in_the_same_folder_is_refused_with_the_difference(tmp_path):
