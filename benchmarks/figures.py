@@ -612,6 +612,11 @@ def phased_page(figure: Figure) -> None:
     trained(figure, ("DMD2, 4 calls", "phased DMD, 2 x 2 calls"))
 
 
+def dd2_page(figure: Figure) -> None:
+    """The figure stands with its benchmark."""
+    runpy.run_path(str(HERE / "dd2.py"))["page"](figure)
+
+
 FIGURES: dict[str, Callable[[Figure], None]] = {
     "first-order": first_order, "deis": deis_page, "dpmpp": dpmpp_page, "unipc": unipc_page, "abm": abm_page,
     "heun": heun_page, "stochastic": stochastic, "consistency": consistency_page, "restart": restart_page,
@@ -620,7 +625,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
     "preferences": preferences_page, "alignment": alignment_page,
     "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
-    "masked": masked_page, "gs-jacobi": gs_jacobi_page,
+    "dd2": dd2_page, "masked": masked_page, "gs-jacobi": gs_jacobi_page,
 }  # fmt: skip
 WIDE = (
     "deis",
@@ -634,6 +639,7 @@ WIDE = (
     "score-distillation",
     "preferences",
     "alignment",
+    "dd2",
     "masked",
     "gs-jacobi",
 )
