@@ -104,11 +104,11 @@ def run(source: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def _claim(folder: Path, recipe: DistillRecipe, ranks: Ranks) -> None:
-    """Refuse a folder whose config is another; write ours where there is none."""
+    """Refuse a folder whose config is another, unless nothing was begun in it; write ours."""
     from omegaconf import OmegaConf
 
     config = folder / "config.yaml"
-    if config.is_file():
+    if config.is_file() and any(other != config for other in folder.iterdir()):
         kept = _kept(config)
         changed = differences(asdict(kept), asdict(recipe))
         if recipe.method.get("phases", 1) > 1 and kept.train.iters != recipe.train.iters:

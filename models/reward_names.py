@@ -24,10 +24,9 @@ from .rewards import Reward
 
 
 def _class(label: str | None, log: bool = False) -> Reward:
-    if label is None or not label.isdigit():
-        raise ValueError(
-            f"reward must be class:0 .. class:9, got {'class' if label is None else f'class:{label}'!r}"
-        )
+    if label is None or label not in map(str, range(10)):
+        got = "class" if label is None else f"class:{label}"
+        raise ValueError(f"reward must be class:0 .. class:9, got {got!r}")
     from .classifier import load_classifier
 
     found: dict[torch.device, Reward] = {}

@@ -318,3 +318,14 @@ def test_a_method_without_a_critic_has_none(tmp_path, monkeypatch):
     assert lines[-1]["loss"] < lines[0]["loss"]
     with pytest.raises(ValueError, match="disback.nodes > 0 is for methods with a critic"):
         tiny(tmp_path / "back", "train.iters=1", "disback.nodes=2", *options)
+
+
+def test_a_folder_in_which_nothing_was_begun_is_free(tmp_path):
+    with pytest.raises(ValueError, match="class:0"):
+        run("awm-digits", ["reward=class:12", f"out={tmp_path}"])
+    with pytest.raises(ValueError, match="group"):  # and not that the folder is another run's
+        run("awm-digits", ["reward=class:1", "method.group=7", f"out={tmp_path}", "report.exam=8"])
+    folder = tiny(tmp_path, "train.iters=1")
+    with pytest.raises(ValueError, match="another config"):
+        tiny(tmp_path, "train.iters=1", "seed=5")
+    assert (folder / "student.safetensors").is_file()
