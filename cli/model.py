@@ -24,7 +24,9 @@ class Told(NamedTuple):
 def add_model(parser: argparse.ArgumentParser, name: str = "model") -> None:
     """MODEL, or what ``name`` says, and its condition."""
     parser.add_argument(
-        name, help="digits-edm, digits-vp, digits-flow, a checkpoint, or a folder that diffusers saved"
+        name,
+        help="digits-edm, digits-vp, digits-flow, a checkpoint, or a folder that diffusers saved; of sample also "
+        "digits-ar, digits-masked and digits-tarflow",
     )
     parser.add_argument(
         "--prompt",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import add_device, add_grid, parser_for, solver_options, times_of
 from .model import add_model, told
+from .sample_kinds import Drawer, kind_of
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +53,13 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"--num and --batch must be positive, got {arguments.num} and {arguments.batch}")
     if arguments.out.suffix not in VIDEOS:
         raise ValueError(f"--out must end in .png or .npz, or name a folder, got {arguments.out}")
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind := kind_of(arguments.model):
+        return _sample_kind(kind, arguments, rest, device)
     solver = catalogue.find(arguments.solver)
     if arguments.table is not None and rest:
         raise ValueError(f"--table is a table as it is: it takes no {' '.join(rest)}")
     options = solver_options(solver, rest)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     d, cond, classes = told(arguments, device, blocks=True)
     if arguments.out.suffix == ".gif" and len(d.shape) != 4:
         raise ValueError(
@@ -89,6 +92,25 @@ def main(argv: list[str]) -> int:
         _save_images(arguments.out, samples, torch.cat(labels) if classes else None, columns)
     by = f"{table.solver}, {table.calls} calls each" if own is None else "itself, one place after another"
     print(f"{num} samples of {arguments.model} by {by}: {arguments.out}")
+    return 0
+
+
+def _sample_kind(kind: str, arguments, words: list[str], device: torch.device) -> int:
+    """Masked models and flows."""
+    import torch
+
+    if arguments.out.suffix not in IMAGES:
+        raise ValueError(f"--out must end in .png or .npz, or name a folder, got {arguments.out}")
+    draw, num = Drawer(kind, arguments, words, device), arguments.num or 64
+    made, labels = [], []
+    for first in _progress(range(0, num, arguments.batch or 256)):
+        x, label = draw(torch.arange(first, min(first + (arguments.batch or 256), num), device=device))
+        made.append(x.cpu())
+        labels.append(label)
+    found = None if draw.classes is None else torch.cat(labels).cpu()
+    columns = None if found is None or arguments.label is not None else draw.classes
+    _save_images(arguments.out, torch.cat(made), found, columns)
+    print(f"{num} samples of {arguments.model} by {draw.said}: {arguments.out}")
     return 0
 
 

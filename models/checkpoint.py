@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,20 @@ def write_atomically(path: str | os.PathLike, content: bytes | str) -> None:
 
 def read(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors as stored, and the document. ValueError for a file that fewstep did not write."""
+    return _read(path, lambda file: {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+
+
+def about(path: str | os.PathLike) -> dict[str, Any]:
+    """The document alone, without the weights."""
+    return _read(path, lambda file: {})[1]
+
+
+def _read(path: str | os.PathLike, tensors_of: Callable) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            document = (file.metadata() or {}).get(_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            document, tensors = (file.metadata() or {}).get(_KEY), tensors_of(file)
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)} is not a safetensors file: {error}") from error
     if document is None:
