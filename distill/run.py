@@ -30,6 +30,7 @@ from .data import Data
 from .diagnostics import Watch, contrast, diagnose
 from .disback import Backtrack, record, recorded
 from .lora import adapters_of
+from .methods.preference import Preference
 from .opening import check_guidance, open_batches, open_teacher
 from .pairs import open_pairs
 from .parallel import Ranks, shard
@@ -139,7 +140,7 @@ def _preferred(
     recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data, ranks: Ranks, folder: Path
 ) -> Any:
     """The pairs of a method that learns from preferences, made here if need be, and else the data."""
-    if not hasattr(method, "pairs"):
+    if not isinstance(method, Preference):
         return data
     base = sampled(teacher, recipe.student)
     with autocast(recipe.train.precision, ranks.device):
@@ -271,7 +272,11 @@ def _dry_run(source: str, overrides: Sequence[str]) -> int:
     data = open_batches(recipe, teacher, ranks)
     check_guidance(method, teacher, data)
     with tempfile.TemporaryDirectory() as aside:  # two groups are enough to see that it runs
-        few = replace(method, groups=replace(method.groups, count=2)) if hasattr(method, "pairs") else method
+        few = (
+            replace(method, groups=replace(method.groups, count=2))
+            if isinstance(method, Preference)
+            else method
+        )
         data = _preferred(recipe, few, teacher, data, ranks, Path(aside))
     players = cast(recipe, method, teacher, data)
     for net in networks(players):

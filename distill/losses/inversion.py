@@ -42,7 +42,7 @@ def invert(
     >>> from fewstep.models import GaussianMixture, paths
     >>> d = GaussianMixture([1.0], [[0.0]], 1.0).denoiser(paths.edm())
     >>> invert(d, torch.ones(1, 1), torch.linspace(0.01, 1.0, 41))             # the ODE's: sqrt(2)
-    tensor([[1.3973]])
+    tensor([[1.4031]])
     """
     path = d.path
     if told not in ("now", "then"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.distill.run import run
+from fewstep.distill.run import main, run
 from fewstep.distill.saved import open_student
 from fewstep.distill.schema import read
 from fewstep.models.jumps import Jumps
@@ -52,3 +52,9 @@ def test_every_recipe_of_the_family_reads():
     for method in ("meanflow", "scm", "ect"):
         for data in ("digits", "mixture"):
             assert read(f"{method}-{data}")[0].method["name"] == method
+
+
+def test_a_dry_run_makes_one_turn_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["meanflow-mixture", "--dry-run", "train.batch=8", "student.warm_up=1"]) == 0
+    assert "loss" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -281,7 +281,7 @@ def test_presets_are_filled_in_below_the_recipe_s_own_options():
     assert (plain.weight, plain.critic_weight, plain.gan.features) == ("fastgen", "x0", "teacher")
     _, mixed = read(TINY, ["method={name: dmd2, preset: dmd2, weight: kl, gan: {student: 0.1}}"])
     assert (mixed.weight, mixed.gan.student, mixed.gan.critic) == ("kl", 0.1, 0.01)
-    with pytest.raises(ValueError, match="method.preset must be one of dmd2, fastgen, got 'sid'"):
+    with pytest.raises(ValueError, match="method.preset must be one of dmd2, fastgen, .*got 'sid'"):
         read(TINY, ["method={name: dmd2, preset: sid}"])
 
 
