@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..models import checkpoint
 from . import recipe as recipes
 from .data import DataRecipe
 from .disback import DisBackRecipe
@@ -153,7 +154,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         f"{SHORT[item.partition('=')[0]]}{item}" if item.partition("=")[0] in SHORT else item
         for item in overrides
     ]
-    recipe = recipes.read(source, DistillRecipe, short)
+    recipe = recipes.read(source, DistillRecipe, [*short, *_reward_of_pairs(short)])
     if recipe.kind != "distill":
         raise ValueError(f"kind must be distill, got {recipe.kind!r}: it is a recipe for another command")
     options = with_preset(recipe.method)
@@ -163,6 +164,19 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     method = recipes.read(options, METHODS[name])
     recipe.method = {"name": name, **asdict(method)}
     return recipe, method
+
+
+def _reward_of_pairs(overrides: Sequence[str]) -> list[str]:
+    """A file of pairs brings the reward that made them, or none: the recipe's is of pairs that it would make itself."""
+    said = dict(item.split("=", 1) for item in overrides if "=" in item)
+    pairs = said.get("method.pairs")
+    if pairs in (None, "", "null") or "method.reward" in said:
+        return []
+    try:
+        reward = checkpoint.about(Path(pairs).expanduser()).get("reward")
+    except (OSError, ValueError):  # whoever opens it says what is wrong, or it is nobody's of ours
+        reward = None
+    return [f"method.reward={'null' if reward is None else reward}"]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], inside: str = "") -> list[str]:

@@ -23,6 +23,7 @@ from fewstep.distill.pairs import (
     write_pairs,
 )
 from fewstep.distill.parallel import Ranks
+from fewstep.distill.schema import read as read_recipe
 from fewstep.distill.student import Student, many_steps
 from fewstep.models import GaussianMixture, load, paths
 from fewstep.models.checkpoint import read
@@ -254,3 +255,17 @@ def test_files_that_are_none(tmp_path, points, digits):
 def test_groups_that_are_none(options, message):
     with pytest.raises(ValueError, match=message):
         Groups(**options)
+
+
+def test_pairs_of_a_file_bring_their_reward_and_not_the_recipe_s(tmp_path):
+    two = Pairs(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8))
+    write_pairs(tmp_path / "ink.safetensors", two, {"reward": "-ink"})
+    write_pairs(tmp_path / "people.safetensors", two)
+    named = {
+        name: read_recipe("dpo-digits", [f"pairs={tmp_path / name}.safetensors"])[1].reward
+        for name in ("ink", "people", "none")
+    }
+    assert named == {"ink": "-ink", "people": None, "none": None}
+    both = [f"pairs={tmp_path / 'people.safetensors'}", "reward=ink"]
+    assert read_recipe("dpo-digits", both)[1].reward == "ink"
+    assert read_recipe("dpo-digits")[1].reward == "class:7"
