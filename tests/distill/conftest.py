@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +37,31 @@ def pipelines():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def on_two_ranks(tmp_path):
+    """``on_two_ranks(lines)`` runs Python under torchrun, with ``fewstep.distill.run`` there as ``run``.
+
+    One launch for all that a test wants: starting three interpreters takes longer than small runs.
+    """
+
+    def launch(lines: str) -> None:
+        script = tmp_path / "ranks.py"
+        script.write_text(f"from fewstep.distill import parallel, run\n{lines}\nparallel.finish()\n")
+        words = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            str(script),
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    return launch
 
 
 @pytest.fixture(params=list(PATHS))

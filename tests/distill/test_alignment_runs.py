@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -125,28 +122,13 @@ def test_a_batch_in_parts_is_the_batch(method):
         trainer_of(method, "train.accumulate=8").turn()
 
 
-def test_two_ranks_make_the_updates_of_one(tmp_path):
+def test_two_ranks_make_the_updates_of_one(tmp_path, on_two_ranks):
     """Spreads, flat groups and passes are the whole batch's, whoever holds its parts; so is the choice of steps."""
     source = {name: {**POINTS, "method": METHODS[name]} for name in ("awm", "grpo")}
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "from fewstep.distill import parallel, run\n"
+    on_two_ranks(
         f"for name, source in {source!r}.items():\n"
-        f"    run.run(source, ['out={tmp_path}/two-' + name, 'train.iters=2'])\n"
-        "parallel.finish()\n"
+        f"    run.run(source, ['out={tmp_path}/two-' + name, 'train.iters=2'])"
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-    ]
-    done = subprocess.run(
-        launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
     for name in source:
         one = run(source[name], [f"out={tmp_path}/one-{name}", "train.iters=2"])
         numbers = [

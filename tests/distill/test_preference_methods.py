@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -148,27 +145,10 @@ def test_a_run_that_was_broken_off_is_the_unbroken_one(name, ink, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_make_the_pairs_and_the_losses_of_one(tmp_path):
+def test_two_ranks_make_the_pairs_and_the_losses_of_one(tmp_path, on_two_ranks):
     options = [*QUICK, "train.iters=3", "device=cpu", "method.groups={count: 9, size: 64}"]
     names = ["inpo-digits", "dpo-digits"]
-    script = tmp_path / "both.py"
-    script.write_text(
-        "from fewstep.distill import parallel, run\n"
-        f"for name in {names!r}:\n"
-        f"    run.run(name, ['out={tmp_path}/two', *{options!r}])\n"
-        "parallel.finish()\n"
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    on_two_ranks(f"for name in {names!r}:\n    run.run(name, ['out={tmp_path}/two', *{options!r}])")
     for name in names:
         one, two = run(name, [*options, f"out={tmp_path}/one"]), tmp_path / "two" / name
         made, theirs = (load_file(folder / "pairs.safetensors") for folder in (one, two))

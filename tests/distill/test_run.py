@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_what_to_do(tmp_path, mo
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 on a CPU came with torch 2.7")
-def test_two_ranks_make_the_losses_of_one(tmp_path):
+def test_two_ranks_make_the_losses_of_one(tmp_path, on_two_ranks):
     small = [
         "train.batch=8",
         "train.critic_steps=1",
@@ -157,24 +157,10 @@ def test_two_ranks_make_the_losses_of_one(tmp_path):
         # a U-Net of several stages up, which take turns at what the way down has left
         "unet": ["dmd2-digits", "shard=fsdp", "train.iters=1", *small],
     }
-    script = tmp_path / "both.py"  # one launch: starting three interpreters takes longer than the runs
-    script.write_text(
-        "from fewstep.distill import parallel, run\n"
+    on_two_ranks(
         f"for kind, (recipe, *options) in {kinds!r}.items():\n"
-        f"    run.run(recipe, ['out={tmp_path}/two-' + kind, *options])\n"
-        "parallel.finish()\n"
+        f"    run.run(recipe, ['out={tmp_path}/two-' + kind, *options])"
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
     for kind, (recipe, *options) in kinds.items():
         same_run(run(recipe, [f"out={tmp_path / kind}", *options]), tmp_path / f"two-{kind}/tiny")
 
