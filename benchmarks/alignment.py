@@ -56,11 +56,15 @@ METHODS = {
     "RAFT, tree search": ("raft-digits", ["method.proposals=tree_search"]),
     "RAFT, Feynman-Kac": ("raft-digits", ["method.proposals=feynman_kac"]),
     "Diffusion-DPO": ("dpo-digits", []),
+    "Diffusion-DPO, labels by chance": (
+        "dpo-digits",
+        ["method.groups.noise=bradley_terry", "method.beta=30"],
+    ),
     "DDIM-InPO": ("inpo-digits", []),
     "SmPO": ("smpo-digits", []),
     "MaPO": ("mapo-digits", []),
 }
-VARIANTS = ("DDPO", "RAFT, tree search", "RAFT, Feynman-Kac")  # one seed
+VARIANTS = ("DDPO", "RAFT, tree search", "RAFT, Feynman-Kac", "Diffusion-DPO, labels by chance")  # one seed
 CONTROL = "untouched control"  # AWM at a rate of 0
 SCALES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 TUNED = "AWM"  # whose model RL guidance is shown with

@@ -491,16 +491,6 @@ def posterior_page(figure: Figure) -> None:
     scatter(figure, {"exact": exact.sample(800), "ensemble_posterior": weighted, "dps": guided})
 
 
-def gs_jacobi_page(figure: Figure) -> None:
-    """The figure stands with its benchmark."""
-    runpy.run_path(str(HERE / "gs_jacobi.py"))["page"](figure)
-
-
-def masked_page(figure: Figure) -> None:
-    """The figure stands with its benchmark."""
-    runpy.run_path(str(HERE / "masked.py"))["page"](figure)
-
-
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
@@ -566,16 +556,6 @@ def score_distillation_page(figure: Figure) -> None:
     scatter(figure, {"data": RING.sample(400, seed=3), "SDS": sds, "VSD": vsd})
 
 
-def preferences_page(figure: Figure) -> None:
-    """The figure has a file of its own."""
-    runpy.run_path(str(HERE / "figures_preferences.py"))["preferences_page"](figure)
-
-
-def alignment_page(figure: Figure) -> None:
-    """The figure has a file of its own."""
-    runpy.run_path(str(HERE / "figures_alignment.py"))["alignment_page"](figure)
-
-
 def trained(figure: Figure, names: Sequence[str]) -> None:
     """FD of students while they train, a line a seed, from the committed runs on digits; the teacher beside them."""
     found = json.loads((HERE / "results" / "distillation-digits-curves.json").read_text())
@@ -612,9 +592,9 @@ def phased_page(figure: Figure) -> None:
     trained(figure, ("DMD2, 4 calls", "phased DMD, 2 x 2 calls"))
 
 
-def dd2_page(figure: Figure) -> None:
-    """The figure stands with its benchmark."""
-    runpy.run_path(str(HERE / "dd2.py"))["page"](figure)
+def elsewhere(script: str) -> Callable[[Figure], None]:
+    """The ``page`` of a script beside this one: a figure with a file of its own, or that of its benchmark."""
+    return lambda figure: runpy.run_path(str(HERE / script))["page"](figure)
 
 
 FIGURES: dict[str, Callable[[Figure], None]] = {
@@ -623,9 +603,9 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "time-shift": time_shift_page, "teleport": teleport_page, "search": search_page, "guidance": guidance_page,
     "rlg": rlg_page, "minority": minority_page, "feynman-kac": feynman_kac_page, "rewards": rewards_page,
     "trees": trees_page, "posterior": posterior_page, "f-distill": f_distill_page,
-    "preferences": preferences_page, "alignment": alignment_page,
+    "preferences": elsewhere("figures_preferences.py"), "alignment": elsewhere("figures_alignment.py"),
     "score-distillation": score_distillation_page, "dmd2": dmd2_page, "sim": sim_page, "phased-dmd": phased_page,
-    "dd2": dd2_page, "masked": masked_page, "gs-jacobi": gs_jacobi_page,
+    "dd2": elsewhere("dd2.py"), "masked": elsewhere("masked.py"), "gs-jacobi": elsewhere("gs_jacobi.py"),
 }  # fmt: skip
 WIDE = (
     "deis",

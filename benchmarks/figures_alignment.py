@@ -15,7 +15,7 @@ from fewstep.samplers.transitions import transitions
 COUNT, DIM = 20_000, 16
 
 
-def alignment_page(figure: Figure) -> None:
+def page(figure: Figure) -> None:
     """Left: the squared correlation of the reward with what each gradient weighs it by. Right: densities."""
     left, right = figure.subplots(1, 2)
     seen(left)

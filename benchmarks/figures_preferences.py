@@ -13,7 +13,7 @@ CALLS = (4, 8, 16, 32, 64)
 BETAS = (0.25, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 
 
-def preferences_page(figure: Figure) -> None:
+def page(figure: Figure) -> None:
     """The optimum of DPO on a Gaussian; how far labels pull; the way back of an inversion."""
     tilted, pull, back = figure.subplots(1, 3)
     exact = torch.linspace(0.2, 3.2, 60)

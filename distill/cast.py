@@ -21,7 +21,7 @@ from .methods.phased import PhasedDMD, phased_student
 from .opening import probe
 from .players import Players
 from .schema import DistillRecipe
-from .student import Student, few_steps, many_steps
+from .student import Student, sampled
 from .training import warm_up
 
 
@@ -45,10 +45,7 @@ def cast(recipe: DistillRecipe, method: Any, teacher: Denoiser, data: Data) -> P
         s = recipe.student
         # an adapter is no copy: the student is put in its place below
         mine = parent if recipe.lora.rank else master(parent)
-        if s.sampler in ("sde", "ode"):
-            student = few_steps(mine, s.steps, s.sampler, s.times, s.t_max)
-        else:
-            student = many_steps(mine, s.sampler, s.steps, s.grid)
+        student = sampled(mine, s)
     adapters = critic = None
     if recipe.lora.rank:
         if isinstance(method, PhasedDMD):

@@ -27,7 +27,8 @@ Loss = Callable[[Draws], torch.Tensor]
 
 @dataclass
 class Fitting:
-    """What recipes of such teachers have in common; a kind's own recipe adds to it."""
+    """What teachers' recipes have in common; a kind's own adds to it. ``ema_share``: the weights are averaged over so
+    much of the run; ``clip``: of the gradient's norm."""
 
     kind: str = ""
     name: str = "teacher"
@@ -36,7 +37,7 @@ class Fitting:
     lr: float = 2e-3
     warmup: int = 50
     weight_decay: float = 0.0
-    clip: float = 1.0
+    clip: float | None = 1.0
     ema_share: float = 0.05
     seed: int = 0
     threads: int = 1
@@ -70,7 +71,8 @@ def fit(net: nn.Module, loss_of: Loss, recipe: Fitting) -> dict[str, Any]:
         loss = loss_of(Draws(recipe.seed, step, 0, recipe.batch, recipe.batch))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
+        if recipe.clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), recipe.clip)
         optimizer.step()
         average(averaged, net, step, recipe.ema_share)
         value = float(loss.detach())

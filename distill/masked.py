@@ -9,6 +9,7 @@ label, so that guidance has its unconditional half. ``load_masked`` reads what i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,6 @@ from .draws import Draws
 from .fitting import Fitting, fit
 from .losses.masked import hidden, masked_nelbo
 from .regression import null_some
-
-BITS = 0.6931471805599453
 
 
 @dataclass
@@ -106,7 +105,7 @@ def bits_per_token(model: MaskedModel, tokens: torch.Tensor, passes: int = 8, **
         draws = Draws(20_012, turn, 0, len(tokens), len(tokens), tokens.device)
         out = hidden("count", draws.stratified("level"), draws.uniforms("forward", model.length))
         total += float(masked_nelbo(model, tokens, out, **cond).mean())
-    return total / passes / model.length / BITS
+    return total / passes / model.length / math.log(2)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from .card import DIGITS, LICENCE, model_card
 from .data import DataRecipe, Source, as_float, open_source
 from .draws import Draws
 from .fitting import Fitting, fit
+from .regression import null_some
 
 AUGMENT = ("gaussian", "uniform")
 
@@ -70,12 +71,11 @@ def batch_loss(flow: TarFlow, source: Source, recipe: TarFlowRecipe, draws: Draw
     x, label = source.read(draws)
     x = as_float(x)
     x = x + augmentation(recipe, draws, x)
-    if flow.null_label is None:
-        label = None
-    elif label is not None:
-        dropped = draws.uniform("null") < recipe.label_dropout
-        label = torch.where(dropped, flow.null_label, label)
-    return -flow.log_prob(x, label).mean() / x[0].numel()
+    if flow.null_label is None or label is None:
+        cond = {}
+    else:
+        cond = null_some({"label": label}, {"label": flow.null_label}, recipe.label_dropout, draws)
+    return -flow.log_prob(x, **cond).mean() / x[0].numel()
 
 
 def augmentation(recipe: TarFlowRecipe, draws: Draws, x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ from . import recipe as recipes
 from .data import DataRecipe, Source, as_float, open_data, open_source
 from .data.latents import cached
 from .draws import Draws
-from .fitting import on_threads
+from .fitting import Fitting, on_threads
 from .levels import Times
 from .parallel import ALONE, Ranks
 from .progress import track
@@ -64,17 +64,15 @@ class LatentsRecipe:
 
 
 @dataclass
-class TeacherRecipe:
+class TeacherRecipe(Fitting):
     """What a teacher's recipe may say. ``net``: ``type`` and what that network's config takes beside the data's shape.
 
     ``sigma_data``: EDM's constant (default: measured). ``time_cutoff``: the time embedding's frequencies above so many
-    radians per unit of t are held at 0 (see ``without_fast_frequencies``). ``ema_share``: the weights are averaged over
-    so much of the run. ``exam``: samples that the finished teacher is measured on. ``checkpoint``: steps between
-    checkpoints, 0 for none.
+    radians per unit of t are held at 0 (see ``without_fast_frequencies``). ``exam``: samples that the finished teacher
+    is measured on. ``checkpoint``: steps between checkpoints, 0 for none. The rest is as in ``Fitting``.
     """
 
     kind: str = "denoiser"
-    name: str = "teacher"
     path: dict[str, Any] = field(default_factory=lambda: {"path": "edm"})
     predicts: str = "x0"
     precond: str | None = "edm"
@@ -87,25 +85,13 @@ class TeacherRecipe:
     latents: LatentsRecipe = field(default_factory=LatentsRecipe)
     label_dropout: float = 0.1
     steps: int = 3000
-    batch: int = 128
-    lr: float = 2e-3
     warmup: int = 100
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
-    weight_decay: float = 0.0
     clip: float | None = None
-    ema_share: float = 0.05
     precision: str = "fp32"
     exam: int = 1000
     checkpoint: int = 0
     device: str = "auto"
-    seed: int = 0
-    threads: int = 1
-    out: str = "."
-
-    @property
-    def file(self) -> Path:
-        """Where the teacher is written."""
-        return Path(self.out) / f"{self.name}.safetensors"
 
 
 def open_samples(

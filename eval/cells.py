@@ -97,19 +97,16 @@ def _answers(known: Known, wanted: Iterable[tuple[str, Job]], until: float, at_o
         names: dict[Future, str] = {pool.submit(_until, until, job, known): name for name, job in wanted}
         try:
             for done in as_completed(names):
-                answer = done.result()
-                if answer != _LATE:
+                for answer in done.result():
                     yield names[done], answer
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-_LATE = "began too late"
-
-
-def _until(until: float, job: Job, known: Known) -> Any:
-    return _LATE if time.monotonic() > until else job(known)
+def _until(until: float, job: Job, known: Known) -> list[Any]:
+    """The answer, or none where it is too late to begin."""
+    return [] if time.monotonic() > until else [job(known)]
 
 
 def _write(results: Path, known: Known, tables: Callable[[Known], str]) -> None:

@@ -14,7 +14,7 @@ and in no more calls. The released code stops by a norm over the batch, goes on 
 every iterate to [-3, 3], also the last: ``stop="norm", unfinished="keep"`` is that, without cutting off what lies
 outside.
 
-    >>> from ..models.tarflow import TarFlow, TarFlowConfig
+    >>> from fewstep.models.tarflow import TarFlow, TarFlowConfig
     >>> flow = TarFlow(TarFlowConfig(hidden_size=16, blocks=2, depth=1, num_heads=2))
     >>> z = torch.randn(4, 1, 8, 8)
     >>> x, info = gs_jacobi(flow, z)                    # a fresh flow is the identity, and one sweep says so

@@ -9,7 +9,7 @@ dF = (X - m) da + dm, and a and m come from the last layer's halves W_a and W_m 
 A block is tough if its share of the sum stands out. IGM, the initial guessing metric, is |mean_b (F(X0) - x)|_2 for
 X0 = z and for X0 = 0 (but for the first token), x being the truth; the smaller one names the better guess.
 
-    >>> from ..models.tarflow import TarFlow, TarFlowConfig
+    >>> from fewstep.models.tarflow import TarFlow, TarFlowConfig
     >>> flow = TarFlow(TarFlowConfig(hidden_size=16, blocks=2, depth=1, num_heads=2))
     >>> metrics(flow, torch.randn(4, 1, 8, 8)).crm                # a fresh flow is the identity: no error is handed on
     (0.0, 0.0)
@@ -50,7 +50,7 @@ def metrics(
 ) -> Metrics:
     """CRM and IGM on images x (B, C, H, W), noisy as in training; some tens are enough.
 
-    >>> from ..models.tarflow import TarFlow
+    >>> from fewstep.models.tarflow import TarFlow
     >>> metrics(TarFlow({"hidden_size": 16, "blocks": 1}), torch.zeros(2, 1, 8, 8), kind="exact")
     Traceback (most recent call last):
     ValueError: kind must be one of derived, released, got 'exact'

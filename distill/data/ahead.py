@@ -3,7 +3,7 @@
 What a turn's batch is follows from its ``Draws`` alone, so reading ahead changes nothing about it: it is a guess at
 which turns will be asked for, made once two have been asked for in a row. Decoders let go of Python's lock.
 
->>> from ..draws import Draws
+>>> from fewstep.distill.draws import Draws
 >>> read = ReadAhead(lambda draws: (draws.normal("data", (2,)), None), 2)
 >>> wanted = [Draws(0, turn, 0, 3, 3) for turn in range(6)]
 >>> all(torch.equal(read(draws)[0], draws.normal("data", (2,))) for draws in wanted)

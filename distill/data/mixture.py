@@ -1,6 +1,6 @@
 """A mixture of 25 equal Gaussians on a square grid in the plane: modes to find or to lose, with exact scores.
 
->>> from ..draws import Draws
+>>> from fewstep.distill.draws import Draws
 >>> x = mixture_samples(Draws(0, 0, 0, 1000, 1000))
 >>> bool((torch.cdist(x.double(), grid_means()).min(1).values < 6 * STD).all())
 True

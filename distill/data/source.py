@@ -3,7 +3,7 @@
 Which item a sample takes follows from (seed, turn, place in the global batch), so nothing about a run's data needs
 saving: a resumed run sees what the unbroken one would have, and ranks cut one batch between them.
 
->>> from ..draws import Draws
+>>> from fewstep.distill.draws import Draws
 >>> bytes_ = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 4, 4)
 >>> source = of_items(Items("tens", 10, (3, 4, 4), lambda rows: bytes_[rows], torch.arange(10)))
 >>> x, label = source.read(Draws(seed=0, turn=5, first=0, count=64, total=64))
